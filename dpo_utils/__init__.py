@@ -1,0 +1,33 @@
+"""The DPO workbook's helper module: one file a stage of the pipeline, read from left to right.
+
+profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> plots; beside the line: world (the tiny
+world), tabular (notebook 03's exact world), checks, widgets, checkpoints, assets/.
+"""
+
+__version__ = "0.1.0"
+
+
+def setup(profile: str | None = None):
+    """Open a notebook: quiet libraries, print versions, device, profile and plan; returns the profile."""
+    import os
+    import warnings
+    from importlib.metadata import version
+
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    import matplotlib_inline.backend_inline
+    import torch
+    import transformers
+
+    from dpo_utils.profiles import describe, load_profile, make_plan
+
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    matplotlib_inline.backend_inline.set_matplotlib_formats("png")
+    chosen = load_profile(profile)
+    if chosen.name == "tiny" and not torch.cuda.is_available():
+        torch.set_num_threads(1)  # measured: the tiny model is faster on one thread than on two
+    names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
+    print(" ".join(f"{name} {version(name)}" for name in names))
+    print(describe(chosen), make_plan(chosen), sep="\n")
+    return chosen

@@ -1,0 +1,141 @@
+"""Is it better, and by how much? Samples, accuracies, intervals, and the baselines that stand beside them."""
+
+import random
+
+import numpy as np
+import torch
+
+from dpo_utils import world
+from dpo_utils.data import plain_text
+from dpo_utils.logps import all_logps
+from dpo_utils.models import as_reference
+from dpo_utils.tokens import as_item, encode_prompt, tokenize_all
+from dpo_utils.train import options_for
+
+
+def bootstrap(values, statistic=np.mean, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+    """(estimate, low, high): a statistic of the values with its percentile bootstrap interval.
+
+    values: (n,) or (n, k), resampled by rows: give one row a prompt where several answers share one.
+    """
+    values = np.asarray(values, dtype=float)
+    if len(values) == 0:
+        raise ValueError("an interval of nothing: there are no values")
+    rng = np.random.default_rng(seed)
+    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)]
+    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
+    return float(statistic(values)), float(low), float(high)
+
+
+def wins(first, second) -> np.ndarray:
+    """1 where first > second, 0 where it is less, a half for ties."""
+    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
+    return (first > second) + 0.5 * (first == second)
+
+
+def preference_table(model, tokenizer, pairs, profile) -> dict[str, np.ndarray]:
+    """Per usable pair, (n,) each: log-probs and lengths of both sides under policy and reference, and the margin.
+
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected (nats, summed), chosen_tokens, rejected_tokens,
+    chosen_rewards, rejected_rewards, margins (beta times log-ratios), row (1-based row in `pairs`).
+    """
+    rows, _ = tokenize_all(pairs, tokenizer, profile.max_length)
+    items, options = [as_item(row) for row in rows], options_for(profile, tokenizer)
+    policy = all_logps(model, items, **options).double().numpy()
+    with as_reference(model):
+        reference = all_logps(model, items, **options).double().numpy()
+    rewards = profile.beta * (policy - reference)
+    return {
+        "policy_chosen": policy[:, 0],
+        "policy_rejected": policy[:, 1],
+        "ref_chosen": reference[:, 0],
+        "ref_rejected": reference[:, 1],
+        "chosen_tokens": np.array([len(row["chosen_ids"]) for row in rows]),
+        "rejected_tokens": np.array([len(row["rejected_ids"]) for row in rows]),
+        "chosen_rewards": rewards[:, 0],
+        "rejected_rewards": rewards[:, 1],
+        "margins": rewards[:, 0] - rewards[:, 1],
+        "row": np.array([row["row"] for row in rows]),
+    }
+
+
+def surface_baselines(train, held_out, seed: int = 0) -> dict[str, np.ndarray]:
+    """What can be had without a model: per held-out pair, 1 where the baseline picks the chosen answer, ties a half.
+
+    length: the longer or the shorter answer, whichever the training pairs prefer. bag of words: logistic regression
+    on the answers alone (scikit-learn's CountVectorizer), fitted on the training pairs, blind to the question.
+    """
+    from sklearn.feature_extraction.text import CountVectorizer
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+
+    def sides(pairs):
+        return [plain_text(row["chosen"]) for row in pairs], [plain_text(row["rejected"]) for row in pairs]
+
+    chosen, rejected = sides(train)
+    longer = np.mean(wins([len(t) for t in chosen], [len(t) for t in rejected])) >= 0.5
+    words = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000, random_state=seed))
+    words.fit(chosen + rejected, [1] * len(chosen) + [0] * len(rejected))
+    test_chosen, test_rejected = sides(held_out)
+    by_length = wins([len(t) for t in test_chosen], [len(t) for t in test_rejected])
+    return {
+        "length": by_length if longer else 1 - by_length,
+        "bag of words": wins(words.decision_function(test_chosen), words.decision_function(test_rejected)),
+    }
+
+
+@torch.no_grad()
+def sample(model, tokenizer, prompts, *, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256) -> list[list[str]]:
+    """n answers to every prompt, drawn at a temperature (0: greedy), as a list of n texts a prompt. Seeded."""
+    was_training = model.training
+    model.eval()
+    torch.manual_seed(seed)
+    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(n)]
+    answers = []
+    for start in range(0, len(ids), batch):
+        answers += _generate(model, tokenizer, ids[start : start + batch], temperature, max_new_tokens)
+    model.train(was_training)
+    return [answers[i : i + n] for i in range(0, len(answers), n)]
+
+
+def _generate(model, tokenizer, prompts, temperature, max_new_tokens) -> list[str]:
+    longest = max(map(len, prompts))
+    pad = tokenizer.pad_token_id
+    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
+    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
+    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
+    out = model.generate(
+        input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad,
+        eos_token_id=tokenizer.eos_token_id, use_cache=True, **how,
+    )  # fmt: skip
+    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+
+
+def world_scores(model, tokenizer, profile, *, questions=None, n=4, seeds=(0, 1, 2), temperature=1.0) -> dict[str, np.ndarray]:
+    """Sampled answers to the tiny world's held-out questions, judged by the known reward.
+
+    true, fluent, careful: (questions, n * seeds) of 0 and 1; texts: the same shape.
+    """
+    questions = questions or [fact.question for fact in world.facts("test")]
+    texts = [[] for _ in questions]
+    for seed in seeds:
+        drawn = sample(
+            model, tokenizer, questions, n=n, temperature=temperature, max_new_tokens=profile.max_new_tokens, seed=seed
+        )
+        for all_answers, answers in zip(texts, drawn, strict=True):
+            all_answers += answers
+    readings = [[world.read(q, t) for t in answers] for q, answers in zip(questions, texts, strict=True)]
+    out = {name: np.array([[float(getattr(r, name)) for r in row] for row in readings]) for name in ("true", "fluent")}
+    out["careful"] = np.array([[float(r.voice == world.CAREFUL) for r in row] for row in readings])
+    return out | {"texts": np.array(texts, dtype=object)}
+
+
+def shuffled(pairs, seed: int = 0) -> list[dict]:
+    """The pairs with every label tossed by a coin: a control from which nothing can be learnt."""
+    coin = random.Random(seed)
+    return [swap(row) if coin.random() < 0.5 else dict(row) for row in pairs]
+
+
+def swap(row) -> dict:
+    """The pair with its label flipped."""
+    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}

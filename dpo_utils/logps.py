@@ -1,0 +1,130 @@
+"""Log-probs of completions: the definition in a few lines, and a fast way that equals it.
+
+The definition runs one padded row per completion and keeps all logits. The fast way runs rows that share what is the
+same (`tokens.pack_rows`), applies the output head only where a scored token is predicted, and never stores logits.
+`why_plain` says when a model must fall under the definition.
+"""
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from dpo_utils.tokens import collate_rows, pack_rows, plan_rows
+
+HEAD_CHUNK = 1024  # rows of logits that are alive at once
+SDPA = ("sdpa", "sdpa_float32")  # attention implementations that honour a boolean 4-D mask
+
+
+def sequence_logps(logits, input_ids, completion_mask):
+    """Summed log-probs of the completions, (N,), in nats; float32, or float64 for float64 logits.
+
+    logits: (N, T, V); input_ids: (N, T); completion_mask: (N, T), true where the token belongs to the completion.
+    The logits at t-1 predict token t, so the first token of a row is never scored.
+    """
+    wide = torch.promote_types(logits.dtype, torch.float32)
+    logps = logits[:, :-1].to(wide).log_softmax(-1)  # (N, T-1, V)
+    token_logps = logps.gather(-1, input_ids[:, 1:, None])[..., 0]  # (N, T-1)
+    return (token_logps * completion_mask[:, 1:]).sum(-1)
+
+
+def plain_logps(model, items, pad_id: int):
+    """The definition: summed log-probs of every completion of the items, (C,). One padded row a completion."""
+    batch = collate_rows([(prompt, c) for prompt, completions in items for c in completions], pad_id)
+    batch = {name: value.to(model.device) for name, value in batch.items()}
+    logits = model(input_ids=batch["input_ids"], attention_mask=batch["attention_mask"], use_cache=False).logits
+    return sequence_logps(logits, batch["input_ids"], batch["completion_mask"])
+
+
+class HeadLogps(torch.autograd.Function):
+    """log p(label) for S hidden states under a frozen linear head, a chunk of logits at a time.
+
+    Forward: hidden (S, H), weight (V, H), bias (V,) or None, labels (S,) -> (S,), float32 or wider. Kept for backward
+    are the S x H derivatives d logp / d hidden = (onehot(label) - softmax) @ weight, never the S x V logits.
+    """
+
+    @staticmethod
+    def forward(ctx, hidden, weight, bias, labels):
+        """Chunk by chunk; the softmax is taken in float32."""
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
+        slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        for start in range(0, len(hidden), HEAD_CHUNK):
+            part = slice(start, start + HEAD_CHUNK)
+            label = labels[part, None]
+            logits = F.linear(hidden[part], weight, bias).to(wide)
+            log_z = logits.logsumexp(-1, keepdim=True)
+            logps[part] = (logits.gather(1, label) - log_z)[:, 0]
+            if slope is not None:
+                minus_p = logits.sub_(log_z).exp_().neg_()  # in place: the chunk is not needed again
+                minus_p.scatter_add_(1, label, torch.ones_like(log_z))
+                slope[part] = minus_p.to(weight.dtype) @ weight
+        ctx.save_for_backward(slope)
+        return logps
+
+    @staticmethod
+    def backward(ctx, grad):
+        """grad: (S,)."""
+        (slope,) = ctx.saved_tensors
+        return slope * grad[:, None].to(slope.dtype), None, None, None
+
+
+def unwrap(model):
+    """The Hugging Face model inside a PEFT model, adapters still in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
+def shared_logps(model, rows):
+    """The fast way: summed log-probs of every completion of `SharedRows`, (C,)."""
+    causal_lm = unwrap(model)
+    head = causal_lm.get_output_embeddings()
+    rows = rows.to(causal_lm.device)
+    hidden = causal_lm.base_model(
+        input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False
+    ).last_hidden_state.flatten(0, 1)  # (N*L, H)
+    token_logps = HeadLogps.apply(hidden[rows.predictors], head.weight, head.bias, rows.labels)
+    return torch.stack([part.sum() for part in token_logps.split(rows.counts)])
+
+
+def why_plain(model) -> str | None:
+    """Why this model cannot use shared rows, in a few words; None if it can."""
+    causal_lm = unwrap(model)
+    config, head = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings()
+    if config._attn_implementation not in SDPA:
+        return f"attention is {config._attn_implementation}, which does not take a boolean 4-D mask as sdpa does"
+    if getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True):
+        return f"attention slides over {config.sliding_window} tokens"
+    if type(head) is not nn.Linear:
+        return f"the output head is a {type(head).__name__}, not a plain linear layer"
+    if any(p.requires_grad for p in head.parameters()):
+        return "the output head is trained"
+    for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
+        if getattr(config, name, None) not in (None, 1, 1.0):
+            return f"the logits are rescaled ({name})"
+    return None
+
+
+def completion_logps(model, items, *, pad_id: int, micro_tokens: int, row_tokens: int, plain: bool | None = None):
+    """Yield (item numbers, log-probs (n, completions an item)) micro-batch by micro-batch, with gradient.
+
+    items: (prompt_ids, completions), all with the same number of completions. `plain` forces one way or the other;
+    by default the fast one wherever `why_plain` has no objection. The log-probs do not depend on the micro-batch.
+    """
+    plain = why_plain(model) is not None if plain is None else plain
+    for rows in plan_rows(items, row_tokens, micro_tokens):
+        numbers = [i for row in rows for i in row]
+        if plain:
+            logps = plain_logps(model, [items[i] for i in numbers], pad_id)
+        else:
+            logps = shared_logps(model, pack_rows([[items[i] for i in row] for row in rows], pad_id))
+        yield numbers, logps.view(len(numbers), -1)
+
+
+@torch.no_grad()
+def all_logps(model, items, **options):
+    """Log-probs of all items without gradient, (items, completions an item), on the CPU. Options: `completion_logps`."""
+    out = None
+    for numbers, logps in completion_logps(model, items, **options):
+        if out is None:
+            out = torch.empty(len(items), logps.shape[1], dtype=logps.dtype)
+        out[numbers] = logps.cpu()
+    return out

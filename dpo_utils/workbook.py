@@ -1,0 +1,84 @@
+"""Executes the notebooks in order: python -m dpo_utils.workbook [--refresh] [--profile tiny] [NUMBERS...]
+
+Executed copies go to runs/notebooks/. With --refresh the outputs also go back into notebooks/, for committing.
+"""
+
+import argparse
+import os
+import sys
+import time
+from pathlib import Path
+
+import nbformat
+from nbclient import NotebookClient
+from nbclient.exceptions import CellExecutionError
+
+from dpo_utils.profiles import repository_root
+
+
+def environment(profile: str) -> dict[str, str]:
+    """What the kernels run under: the profile, no network for tiny, no progress bars in committed outputs."""
+    changes = {"DPO_PROFILE": profile, "DPO_STATIC": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
+    if profile == "tiny":
+        changes |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return changes
+
+
+def execute(path: Path, target: Path) -> float:
+    """Run one notebook in its own folder and write the executed copy; returns the seconds. Re-raises a failing cell."""
+    notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
+    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    try:
+        client.execute()
+    finally:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, target)
+    return time.perf_counter() - start
+
+
+def tidy(notebook) -> None:
+    """What is committed: outputs and counts, but no widget state, timings or stderr chatter."""
+    notebook.metadata = {
+        "kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"},
+        "language_info": {"name": "python"},
+    }
+    for cell in notebook.cells:
+        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        if cell.cell_type == "code":
+            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            for output in cell.outputs:
+                if "data" in output:
+                    output.data.pop("application/vnd.jupyter.widget-view+json", None)
+
+
+def main(argv=None) -> int:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("numbers", nargs="*", help="01 02 ...: only these notebooks")
+    parser.add_argument("--profile", default="tiny")
+    parser.add_argument("--refresh", action="store_true")
+    args = parser.parse_args(argv)
+    os.environ.update(environment(args.profile))
+    root, total = repository_root(), 0.0
+    paths = sorted(root.glob("notebooks/*.ipynb"))
+    paths = [p for p in paths if not args.numbers or p.name[:2] in args.numbers]
+    for number, path in enumerate(paths, start=1):
+        print(f"[{number}/{len(paths)}] {path.name} ...", end=" ", flush=True)
+        target = root / "runs" / "notebooks" / path.name
+        try:
+            seconds = execute(path, target)
+        except CellExecutionError as failure:
+            print(f"failed\n{failure}\nThe executed copy up to there: {target.relative_to(root)}")
+            return 1
+        total += seconds
+        print(f"{seconds:.0f} s", flush=True)
+        if args.refresh:
+            notebook = nbformat.read(target, as_version=4)
+            tidy(notebook)
+            nbformat.write(notebook, path)
+    print(f"{len(paths)} notebooks in {total:.0f} s: executed copies in runs/notebooks, figures in figures, adapters in runs")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Shared by all tests: the tiny profile, no network, figures and runs of tests apart from the reader's."""
+
+import os
+import tempfile
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+os.environ.update(
+    {
+        "DPO_PROFILE": "tiny",
+        "HF_HUB_OFFLINE": "1",
+        "DPO_STATIC": "1",
+        "TQDM_DISABLE": "1",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+    }
+)
+for name in ("DPO_RUNS", "DPO_FIGURES"):
+    os.environ.setdefault(name, str(Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}" / name[4:].lower()))
+for name in ("DPO_MODEL", "DPO_DATASET"):
+    os.environ.pop(name, None)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """The tiny profile."""
+    from dpo_utils.profiles import load_profile
+
+    return load_profile("tiny")
+
+
+@pytest.fixture(scope="session")
+def tokenizer(tiny):
+    """The bundled tokenizer."""
+    from dpo_utils.models import load_tokenizer
+
+    return load_tokenizer(tiny)
