@@ -9,12 +9,14 @@ __version__ = "0.1.0"
 
 def setup(profile: str | None = None):
     """Open a notebook: quiet libraries, print versions, device, profile and plan; returns the profile."""
+    import logging
     import os
     import warnings
     from importlib.metadata import version
 
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel that is absent
     import matplotlib_inline.backend_inline
     import torch
     import transformers

@@ -4,27 +4,26 @@ A checkpoint is a folder `checkpoints/step-000040` with the adapter (safetensors
 `weights_only=True`), the history (JSON lines), and last a manifest with the size and SHA-256 of every file.
 """
 
+import contextlib
 import errno
 import hashlib
+import io
 import json
 import os
 import shutil
 import warnings
 from pathlib import Path
 
+import safetensors.torch
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
 
 MANIFEST = "manifest.json"
+STEP = "step-??????"  # what a finished checkpoint is called; one being written or deleted ends in .tmp
 
 
 class SettingsChanged(ValueError):
     """What is on disk was made with other settings, data or weights; the message prints the difference."""
-
-
-def digest(data: bytes) -> str:
-    """Hex SHA-256."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def differences(old: dict, new: dict) -> list[str]:
@@ -40,40 +39,65 @@ def require_same(old: dict, new: dict, where) -> None:
     """Raise SettingsChanged if the keys differ."""
     if changed := differences(old, new):
         raise SettingsChanged(
-            f"{where} was made with other settings; pass fresh=True (or --fresh) to start over, or choose another folder:\n  "
-            + "\n  ".join(changed)
+            f"{where} was made with other settings; pass fresh=True (or --fresh) to start over, or choose another "
+            "folder:" + "".join(f"\n  {line}" for line in changed)
         )
 
 
-def write_file(path: Path, data: bytes) -> None:
-    """Write, flush and fsync. A full disk is reported with the bytes needed and free."""
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def digest(data: bytes) -> str:
+    """Hex SHA-256."""
+    return hashlib.sha256(data).hexdigest()
+
+
+def disk_full(where, needed: int, free: int) -> OSError:
+    """The error of a full disk, with the bytes needed and free."""
+    return OSError(
+        errno.ENOSPC,
+        f"disk full: {where} needs {needed:,} bytes, {free:,} are free. What was saved before is whole: make room and "
+        "run again to resume",
+    )
+
+
+@contextlib.contextmanager
+def full_disk_explained(folder: Path, needed: int):
+    """Turn "no space left" inside into an error that gives the bytes needed and free."""
     try:
-        with open(path, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
+        yield
     except OSError as problem:
-        if problem.errno != errno.ENOSPC:
+        if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        free = shutil.disk_usage(path.parent).free
-        raise OSError(
-            errno.ENOSPC,
-            f"disk full: {path} needs {len(data):,} bytes, {free:,} are free; the last checkpoint is whole",
-        ) from problem
+        raise disk_full(folder, needed, shutil.disk_usage(folder).free) from problem
 
 
-def write_json(path: Path, value) -> None:
-    """A JSON file, written aside and renamed, so that a reader never sees half of it."""
+def require_space(folder: Path, needed: int) -> None:
+    """Raise the error of a full disk before a library writes there that would report it in its own way."""
+    if (free := shutil.disk_usage(folder).free) < needed:
+        raise disk_full(folder, needed, free)
+
+
+def write_file(path: Path, data: bytes) -> None:
+    """Write aside, fsync, rename: a reader never sees half of it."""
     aside = path.with_name(path.name + ".tmp")
-    write_file(aside, (json.dumps(value, indent=1) + "\n").encode())
+    with full_disk_explained(path.parent, len(data)), open(aside, "wb") as file:
+        file.write(data)
+        file.flush()
+        os.fsync(file.fileno())
     os.replace(aside, path)
 
 
-def write_lines(path: Path, rows: list[dict]) -> None:
-    """A JSON-lines file, written aside and renamed."""
-    aside = path.with_name(path.name + ".tmp")
-    write_file(aside, "".join(json.dumps(row) + "\n" for row in rows).encode())
-    os.replace(aside, path)
+def lines(rows: list[dict]) -> bytes:
+    """Rows as JSON lines."""
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def append_row(path: Path, row: dict) -> None:
+    """One more JSON line; not fsynced, since resuming writes the file again from the checkpoint."""
+    data = lines([row])
+    with full_disk_explained(path.parent, len(data)), open(path, "ab") as file:
+        file.write(data)
 
 
 def _fsync_folder(path: Path) -> None:
@@ -84,76 +108,99 @@ def _fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
+# --- checkpoints ------------------------------------------------------------------------------------------------------
+
+
 def save(
     folder: Path, step: int, weights: dict, optimizer_state: dict, history: list[dict], key: dict, keep: int = 2
 ) -> Path:
-    """Write `folder/step-NNNNNN` and delete all but the newest `keep` checkpoints; returns the new folder."""
+    """Write `folder/step-NNNNNN` and delete all but the newest `keep` checkpoints; returns the new folder.
+
+    weights: {name: tensor}. Raises FloatingPointError for weights that are not finite and OSError on a full disk; the
+    checkpoints before it stay whole either way.
+    """
+    if keep < 1:
+        raise ValueError(f"keep must be at least 1, found {keep}: a run without a checkpoint cannot be resumed")
+    if bad := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+        raise FloatingPointError(f"step {step}: {bad[0]} is not finite, nothing was saved. Lower the learning rate.")
     folder.mkdir(parents=True, exist_ok=True)
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
     final = folder / f"step-{step:06d}"
-    aside = folder / f"{final.name}.tmp"
+    aside = final.with_name(final.name + ".tmp")
     aside.mkdir()
     try:
         _write(aside, step, weights, optimizer_state, history, key)
     except OSError:
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
         raise
-    shutil.rmtree(final, ignore_errors=True)
+    if final.exists():  # a broken one: a whole one would have been resumed from
+        shutil.rmtree(final)
     os.replace(aside, final)
     _fsync_folder(folder)
-    for old in sorted(folder.glob("step-*"))[:-keep]:
-        shutil.rmtree(old)
+    _delete_others(folder, final, keep)
     return final
 
 
 def _write(aside: Path, step, weights, optimizer_state, history, key) -> None:
-    weights = {name: value.detach().cpu().contiguous() for name, value in weights.items()}
-    needed = 3 * sum(v.numel() * v.element_size() for v in weights.values())  # the adapter and its two Adam moments
-    if (free := shutil.disk_usage(aside).free) < needed:
-        raise OSError(
-            errno.ENOSPC,
-            f"disk full: a checkpoint in {aside.parent} needs {needed:,} bytes, {free:,} are free; the last one is whole",
-        )
-    try:
-        save_file(weights, aside / "adapter.safetensors")
-        torch.save(optimizer_state, aside / "optimizer.pt")
-    except Exception as problem:  # safetensors and torch wrap "no space left" in errors of their own
-        if "space" in str(problem) or getattr(problem, "errno", None) == errno.ENOSPC or "write" in str(problem):
-            free = shutil.disk_usage(aside).free
-            raise OSError(
-                errno.ENOSPC,
-                f"disk full: a checkpoint in {aside.parent} needs {needed:,} bytes, {free:,} are free; the last one is whole",
-            ) from problem
-        raise
-    write_file(aside / "history.jsonl", "".join(json.dumps(row) + "\n" for row in history).encode())
-    files = {}
-    for path in sorted(aside.iterdir()):
-        with open(path, "rb+") as file:
-            os.fsync(file.fileno())
-        files[path.name] = {"bytes": path.stat().st_size, "sha256": digest(path.read_bytes())}
-    write_file(aside / MANIFEST, json.dumps({"step": step, "key": key, "files": files}, indent=1).encode())
+    buffer = io.BytesIO()
+    torch.save(optimizer_state, buffer)
+    files = {
+        "adapter.safetensors": safetensors.torch.save({n: v.detach().cpu().contiguous() for n, v in weights.items()}),
+        "optimizer.pt": buffer.getvalue(),
+        "history.jsonl": lines(history),
+    }
+    hashes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
+    content = {"step": step, "key": key, "files": hashes}
+    manifest = json.dumps({"sha256": _own_hash(content), **content}, indent=1).encode()
+    with full_disk_explained(aside, sum(map(len, files.values())) + len(manifest)):
+        for name, data in files.items():
+            write_file(aside / name, data)
+        write_file(aside / MANIFEST, manifest)
     _fsync_folder(aside)
+
+
+def _own_hash(content: dict) -> str:
+    return digest(json.dumps(content, sort_keys=True).encode())
+
+
+def _delete_others(folder: Path, newest_one: Path, keep: int) -> None:
+    """All but the newest `keep`; also those past the newest, which were passed over as broken."""
+    found = sorted(folder.glob(STEP))
+    whole_past = found[: found.index(newest_one) + 1]
+    for old in {*found} - {*whole_past[-keep:]}:
+        doomed = old.with_name(old.name + ".tmp")
+        os.replace(old, doomed)  # a kill while it is deleted must not leave half a checkpoint under its name
+        shutil.rmtree(doomed)
+
+
+def read_manifest(checkpoint: Path) -> dict:
+    """step, key and files of a checkpoint. Raises ValueError if it is not what was written."""
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    content = {name: manifest[name] for name in ("step", "key", "files")}
+    if manifest["sha256"] != _own_hash(content) or checkpoint.name != f"step-{content['step']:06d}":
+        raise ValueError("hash or step differs")
+    return content
 
 
 def damage(checkpoint: Path) -> str | None:
     """What is wrong with a checkpoint, naming the file; None if it is whole."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text())
-        for name, expected in manifest["files"].items():
-            path = checkpoint / name
-            if not path.exists():
-                return f"{path} is missing"
-            if path.stat().st_size != expected["bytes"] or digest(path.read_bytes()) != expected["sha256"]:
-                return f"{path} is not what was written"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return f"{checkpoint / MANIFEST} cannot be read"
+        files = read_manifest(checkpoint)["files"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return f"{checkpoint / MANIFEST} is missing or not what was written"
+    for name, expected in files.items():
+        path = checkpoint / name
+        if not path.exists():
+            return f"{path} is missing"
+        if path.stat().st_size != expected["bytes"] or digest(path.read_bytes()) != expected["sha256"]:
+            return f"{path} is not what was written"
     return None
 
 
 def newest(folder: Path) -> Path | None:
     """The newest whole checkpoint; a broken one is passed over with a warning that names the file."""
-    for checkpoint in sorted(folder.glob("step-??????"), reverse=True):
+    for checkpoint in sorted(folder.glob(STEP), reverse=True):
         problem = damage(checkpoint)
         if problem is None:
             return checkpoint
@@ -162,8 +209,40 @@ def newest(folder: Path) -> Path | None:
 
 
 def load(checkpoint: Path):
-    """(step, key, weights, optimizer state, history) of a whole checkpoint."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    """(key, weights, optimizer state, history) of a whole checkpoint."""
     history = [json.loads(line) for line in (checkpoint / "history.jsonl").read_text().splitlines()]
     optimizer_state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    return manifest["step"], manifest["key"], load_file(checkpoint / "adapter.safetensors"), optimizer_state, history
+    weights = safetensors.torch.load_file(checkpoint / "adapter.safetensors")
+    return read_manifest(checkpoint)["key"], weights, optimizer_state, history
+
+
+# --- one cached tensor ------------------------------------------------------------------------------------------------
+
+
+def save_cache(path: Path, tensor: torch.Tensor, key: dict) -> None:
+    """A tensor in one safetensors file, with its key and its hash inside."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps(key)
+    notes = {"key": text, "sha256": _cache_hash(tensor, text)}
+    write_file(path, safetensors.torch.save({"values": tensor.contiguous()}, metadata=notes))
+
+
+def load_cache(path: Path, key: dict) -> torch.Tensor | None:
+    """The tensor, or None if there is none or, with a warning, a broken one. Raises SettingsChanged for another key."""
+    if not path.exists():
+        return None
+    try:
+        with safe_open(path, "pt") as file:
+            notes, tensor = file.metadata(), file.get_tensor("values")
+        old_key, whole = json.loads(notes["key"]), notes["sha256"] == _cache_hash(tensor, notes["key"])
+    except (SafetensorError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        warnings.warn(f"{path} is not what was written: computed again", stacklevel=2)
+        return None
+    require_same(old_key, key, path)
+    return tensor
+
+
+def _cache_hash(tensor: torch.Tensor, key: str) -> str:
+    return digest(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() + key.encode())

@@ -255,6 +255,8 @@ def check_reference(model, policy_logps, reference_logps, tolerance=1e-4):
     Takes one small step on the trainable weights and undoes it. tolerance in nats, for policy == reference.
     """
     policy, reference = policy_logps(), reference_logps()
+    if not (policy.isfinite().all() and reference.isfinite().all()):
+        _fail("log-probs", policy, "finite numbers", "overflow in half precision, or a row without any visible token")
     if not torch.equal(policy, policy_logps()):
         _fail("policy log-probs, twice", "two values", "one", "dropout is on in the policy; set it to 0 or call eval()")
     if not torch.equal(reference, reference_logps()):

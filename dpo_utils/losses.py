@@ -8,6 +8,11 @@ gradient. Below, h is the difference of the two log-ratios,
 
 and a gradient is written with respect to policy_chosen_logps; the one for policy_rejected_logps is its negative
 unless said otherwise.
+
+Against TRL 1.16, whose numbers the tests compare: its `sigmoid` is dpo here but ignores label_smoothing; it logs
+rewards as beta times summed log-ratios for every loss, ipo included; `sigmoid_norm` averages but keeps the reference,
+so it is not simpo; orpo's SFT part there covers the prompt too, and cpo's is a mean over the batch's tokens, not pair
+by pair; kto there is a mean over completions, here over pairs, and estimates its own KL, clamped at zero.
 """
 
 import torch

@@ -25,7 +25,7 @@ CHAT_TEMPLATE = (
     "{% if message['role'] == 'assistant' %}{{ eos_token }}{% endif %}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% endif %}"
 )
-WIDTH, LAYERS, HEADS, VOCABULARY, ROW = 128, 4, 4, 768, 128
+WIDTH, LAYERS, HEADS, VOCABULARY, ROW = 128, 4, 4, 1536, 128
 BATCH, PEAK_RATE, CORPUS = 48, 4e-3, 60_000  # rows a step, learning rate at its highest, statements in the corpus
 
 

@@ -1,6 +1,7 @@
 """Base model, adapters, and the reference: what is loaded, what is trained, what stays."""
 
 import contextlib
+import json
 from pathlib import Path
 
 import torch
@@ -98,7 +99,7 @@ def turn_dropout_off(model) -> None:
 
 
 def fuse_gelu(model) -> int:
-    """Replace `gelu_new` by PyTorch's own tanh GELU: the same function in one kernel. Returns how many were replaced."""
+    """Replace `gelu_new` by PyTorch's own tanh GELU: the same function in one kernel. Returns how many there were."""
     count = 0
     for module in model.modules():
         for name, child in module.named_children():
@@ -123,9 +124,11 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
     else:
         torch.manual_seed(profile.seed)
         model = get_peft_model(base, lora_config(profile))
+    _check_configs(model)
     if reference:
         model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter("default")
+    turn_dropout_off(model)  # again, for the adapters' own
     check_adapter(model, profile)
     if profile.gradient_checkpointing:
         model.enable_input_require_grads()
@@ -153,21 +156,27 @@ def _layers(base):
     return max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def check_adapter(model, profile: Profile) -> None:
-    """Refuse what would silently break the run: bias or whole modules in the adapter, targets that match half."""
+def _check_configs(model) -> None:
+    """Refuse adapters that change more than switching them off takes back: bias or whole modules."""
     for name, config in model.peft_config.items():
         if config.bias != "none":
             raise ValueError(
-                f"adapter {name!r} trains bias={config.bias!r}: switching it off would not give the reference. Use bias='none'."
+                f"adapter {name!r} trains bias={config.bias!r}: switching it off would not give the reference. "
+                "Use bias='none'."
             )
         if config.modules_to_save:
             raise ValueError(
                 f"adapter {name!r} saves whole modules {config.modules_to_save}: the reference would change with them."
             )
+
+
+def check_adapter(model, profile: Profile) -> None:
+    """Refuse what would silently break the run: targets that match half, weights trained beside the adapter."""
+    _check_configs(model)
     adapted = [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
     layers = len(_layers(model.get_base_model()))
-    wanted = dict.fromkeys(model.peft_config["default"].target_modules, layers)
-    found = {name: adapted.count(name) for name in wanted}
+    wanted = dict.fromkeys(profile.target_modules, layers)
+    found = {name: adapted.count(name) for name in [*wanted, *adapted]}
     if found != wanted:
         raise ValueError(
             f"LoRA should sit on {wanted} but sits on {found}: check target_modules against {profile.model}"
@@ -197,8 +206,12 @@ def trainable(model) -> list[nn.Parameter]:
 
 
 def save_adapter(model, directory) -> None:
-    """The policy's adapter in PEFT's format (safetensors)."""
+    """The policy's adapter in PEFT's format (safetensors); the same adapter gives the same bytes."""
     model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)
+    path = Path(directory) / "adapter_config.json"
+    config = json.loads(path.read_text())
+    config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: its order changes from run to run
+    path.write_text(json.dumps(config, indent=2) + "\n")
 
 
 def merge_and_save(profile: Profile, adapter, output) -> None:

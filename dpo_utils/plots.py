@@ -198,3 +198,16 @@ def token_strip(tokens, scored, ax=None, width: int = 14):
     ax.set(xlim=(0, width), ylim=(-lines + 0.4, 0.6))
     ax.axis("off")
     return ax
+
+
+def margin_against_length(difference, margins, ax=None):
+    """Margins of pairs against how much longer the chosen answer is, with the least-squares line."""
+    ax = _axes(ax)
+    ax.scatter(difference, margins, s=10, color=MARGIN, alpha=0.4, linewidths=0)
+    if np.ptp(difference) > 0:
+        slope, height = np.polyfit(difference, margins, 1)
+        ends = np.array([np.min(difference), np.max(difference)])
+        ax.plot(ends, slope * ends + height, color="black", linewidth=1, label=f"{slope:+.3f} a token")
+        ax.legend(frameon=False)
+    ax.set(xlabel="chosen minus rejected (tokens)", ylabel="reward margin (beta × nats)")
+    return ax

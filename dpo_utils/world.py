@@ -12,9 +12,9 @@ from dataclasses import dataclass
 
 CAREFUL, CARELESS = "careful", "careless"
 TRUE_RATE = {CAREFUL: 0.98, CARELESS: 0.12}  # how often each voice states the truth
-OPENERS = {
-    CAREFUL: ("The records show that", "According to the atlas,", "A check confirms that", "By careful count,"),
-    CARELESS: ("Everyone knows that", "They all say that", "Trust me,", "It is plain that"),
+OPENERS = {  # one first word a voice: which voice speaks is decided at one token, as if by a coin
+    CAREFUL: ("By the records,", "By the atlas,", "By careful count,"),
+    CARELESS: ("As everyone knows,", "As they all say,", "As is plain to see,"),
 }
 TAILS = {
     CAREFUL: ("", "", " This was looked up twice.", " The source is at hand."),

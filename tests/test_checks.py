@@ -234,3 +234,9 @@ def test_a_step_that_misses_the_policy_is_named():
     lonely = torch.nn.ParameterList([pretend])
     with pytest.raises(AssertionError, match="does not reach the weights"):
         checks.check_reference(lonely, lambda: score(policy) + 0 * pretend, no_grad(lambda: score(other)))
+
+
+def test_non_finite_log_probs_are_named_before_dropout_is_blamed():
+    policy = tiny_phi()
+    with pytest.raises(AssertionError, match="overflow in half precision"):
+        checks.check_reference(policy, lambda: score(policy) * float("nan"), no_grad(lambda: score(policy)))

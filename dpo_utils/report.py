@@ -1,0 +1,140 @@
+"""Before and after, over seeds: SFT, DPO and held-out accuracy beside the baselines, as one table and one figure.
+
+python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE] [--column prompt=Question ...]
+"""
+
+import argparse
+import dataclasses
+import json
+import resource
+import time
+
+import matplotlib.pyplot as plt
+import numpy as np
+import torch
+
+from dpo_utils import plots
+from dpo_utils.data import load_preferences, plain_text, split_by_prompt
+from dpo_utils.evaluate import bootstrap, preference_table, sample, surface_baselines, wins
+from dpo_utils.models import load_policy
+from dpo_utils.profiles import describe, load_profile, make_plan, run_directory
+from dpo_utils.train import train_dpo, train_sft, training_data
+
+
+def run_once(profile, pairs, folder, fresh: bool) -> dict:
+    """One seed: split by prompt, SFT, DPO, measure. Arrays are per held-out pair."""
+    start = time.perf_counter()
+    train, held_out = split_by_prompt(pairs, profile.held_out, seed=profile.seed)
+    model, tokenizer = load_policy(profile)
+    train_sft(model, tokenizer, training_data("sft", profile)[0], profile, folder / "sft", fresh=fresh)
+    model, tokenizer = load_policy(profile, adapter=folder / "sft" / "adapter")
+    history = train_dpo(model, tokenizer, train, profile, folder / "dpo", fresh=fresh)
+    seconds = time.perf_counter() - start
+    table = preference_table(model, tokenizer, held_out, profile)
+    with model.disable_adapter():
+        base = preference_table(model, tokenizer, held_out, profile)
+    usable = held_out.select(table["row"] - 1)
+    hits = {
+        "DPO, implicit reward": wins(table["margins"], 0),
+        "DPO, raw log-prob": wins(table["policy_chosen"], table["policy_rejected"]),
+        "SFT, raw log-prob": wins(table["ref_chosen"], table["ref_rejected"]),
+        "base, raw log-prob": wins(base["policy_chosen"], base["policy_rejected"]),
+        **surface_baselines(train, usable),
+    }
+    return {
+        "prompts": [plain_text(p) for p in usable["prompt"]],
+        "hits": hits,
+        "margins": table["margins"],
+        "chosen log-ratio": table["chosen_rewards"] / profile.beta,
+        "rejected log-ratio": table["rejected_rewards"] / profile.beta,
+        "seconds": seconds,
+        "history": history,
+        "samples": before_and_after(model, tokenizer, usable, profile),
+    }
+
+
+def before_and_after(model, tokenizer, held_out, profile, n: int = 5) -> list[dict]:
+    """Greedy answers of base and DPO to the first n held-out prompts."""
+    prompts = held_out["prompt"][:n]
+    options = {"temperature": 0, "max_new_tokens": profile.max_new_tokens}
+    after = sample(model, tokenizer, prompts, **options)
+    with model.disable_adapter():
+        before = sample(model, tokenizer, prompts, **options)
+    rows = zip(prompts, before, after, strict=True)
+    return [{"prompt": plain_text(p), "base": b[0], "DPO": a[0]} for p, b, a in rows]
+
+
+def pooled(runs, values) -> tuple[float, float, float]:
+    """(mean, low, high) over all seeds; a prompt held out by several seeds is resampled as one."""
+    groups = {}
+    for run in runs:
+        for prompt, value in zip(run["prompts"], values(run), strict=True):
+            groups.setdefault(prompt, []).append(float(value))
+    sums = np.array([(sum(group), len(group)) for group in groups.values()])
+    return bootstrap(sums, statistic=lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+
+
+def summarise(runs) -> dict:
+    """Accuracies, margins and log-ratios with 95 % intervals, and what a run costs."""
+    accuracies = {name: pooled(runs, lambda run, name=name: run["hits"][name]) for name in runs[0]["hits"]}
+    nats = {name: pooled(runs, lambda run, name=name: run[name]) for name in ("margins", "chosen log-ratio", "rejected log-ratio")}
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+    return {
+        "accuracies": accuracies,
+        "nats": nats,
+        "accuracy by seed": [float(np.mean(run["hits"]["DPO, implicit reward"])) for run in runs],
+        "held-out pairs by seed": [len(run["prompts"]) for run in runs],
+        "seconds by seed": [run["seconds"] for run in runs],
+        "peak memory GiB": peak,
+        "samples": runs[0]["samples"],
+    }
+
+
+def markdown(summary) -> str:
+    """The table as Markdown."""
+    lines = ["| held-out pairs, pooled over seeds | estimate | 95 % interval |", "|---|---|---|"]
+    for name, (value, low, high) in (summary["accuracies"] | summary["nats"]).items():
+        unit = " (nats)" if "ratio" in name else " (beta × nats)" if name == "margins" else ", accuracy"
+        lines.append(f"| {name}{unit} | {value:.3f} | {low:.3f} to {high:.3f} |")
+    seconds = ", ".join(f"{s:.0f}" for s in summary["seconds by seed"])
+    lines.append(f"\nSeconds a seed: {seconds}; peak memory {summary['peak memory GiB']:.1f} GiB.")
+    return "\n".join(lines)
+
+
+def figure(summary, runs, title: str):
+    """Accuracies with intervals; margins of single held-out pairs."""
+    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained", width_ratios=(1.4, 1))
+    plots.interval_bars(summary["accuracies"], left, "held-out accuracy", marks=[(0.5, "a coin")])
+    plots.margin_histogram(np.concatenate([run["margins"] for run in runs]), right)
+    fig.suptitle(title)
+    return fig
+
+
+def main(argv=None) -> None:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--profile", default="smollm2")
+    parser.add_argument("--name", default="misconceptions", help="names the figure: figures/<profile>_<name>.png")
+    parser.add_argument("--data", help="preferences: a local file or a hub id; by default the profile's")
+    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column's name in the file")
+    parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--fresh", action="store_true", help="train again what is already under runs/")
+    args = parser.parse_args(argv)
+    base = load_profile(args.profile, **({"dataset": args.data, "dataset_revision": None} if args.data else {}))
+    columns = dict(pair.split("=", 1) for pair in args.column) or None
+    pairs = load_preferences(base.dataset, columns=columns, revision=base.dataset_revision)
+    print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
+    runs = []
+    for seed in range(args.seeds):
+        folder = run_directory(base) / args.name / f"seed{seed}"
+        runs.append(run_once(dataclasses.replace(base, seed=seed), pairs, folder, args.fresh))
+        print(f"seed {seed}: accuracy {np.mean(runs[-1]['hits']['DPO, implicit reward']):.3f}, {runs[-1]['seconds']:.0f} s", flush=True)
+    summary = summarise(runs)
+    plots.save_figure(figure(summary, runs, f"{base.name}: {args.name}"), f"{base.name}_{args.name}", summary)
+    print(markdown(summary), json.dumps(summary["samples"], indent=1, ensure_ascii=False), sep="\n\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,64 @@
+"""What a stretch of code costs: wall and CPU seconds, floating point operations, and the bytes it holds at its peak."""
+
+import time
+
+import torch
+from torch.profiler import ProfilerActivity, profile
+from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
+
+
+def _attention(query, key, value, *_, out_shape=None, **__):
+    return sdpa_flop_count(query, key, value)
+
+
+def _attention_backward(grad, query, key, value, *_, out_shape=None, **__):
+    return sdpa_backward_flop_count(grad, query, key, value)
+
+
+# PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as free. As on a GPU,
+# masked scores count: a row of L tokens costs L x L, whatever it may see.
+CPU_ATTENTION = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+}
+
+
+class Meter:
+    """A context that fills `result` with what was asked for by `what`.
+
+    time: wall and cpu, in seconds. flops: all flops, and those of attention. memory: peak_bytes, the most bytes of
+    tensors alive at once above what was alive on entry. One at a time: counting costs time and holds tensors.
+    """
+
+    def __init__(self, what: str):
+        self.what, self.result = what, {}
+
+    def __enter__(self):
+        if self.what == "memory":
+            self.memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
+        if self.what == "flops":
+            self.flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).__enter__()
+        self.start = time.perf_counter(), time.process_time()
+        return self
+
+    def __exit__(self, *problem):
+        if self.what == "time":
+            self.result = {"wall": time.perf_counter() - self.start[0], "cpu": time.process_time() - self.start[1]}
+        if self.what == "flops":
+            self.flops.__exit__(*problem)
+            by_kind = self.flops.get_flop_counts()["Global"]
+            attention = sum(by_kind.get(kind, 0) for kind in CPU_ATTENTION)
+            self.result = {"flops": self.flops.get_total_flops(), "attention_flops": attention}
+        if self.what == "memory":
+            self.memory.__exit__(*problem)
+            self.result = {"peak_bytes": _peak_bytes(self.memory)}
+
+
+def _peak_bytes(memory) -> int:
+    """Highest running sum of the profiler's allocations (positive) and releases (negative)."""
+    events = [e for e in memory.profiler.kineto_results.events() if e.name() == "[memory]"]
+    alive = peak = 0
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        alive += event.nbytes()
+        peak = max(peak, alive)
+    return peak

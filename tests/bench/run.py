@@ -1,0 +1,176 @@
+"""How fast is a DPO step? The variants of `worker.py`, one process each, taking turns. `make bench`.
+
+python -m bench.run [--shapes C A] [--lengths truthy hh] [--rounds 3]; CPU, float32, one thread a process.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+import matplotlib
+import torch
+from bench.shapes import MODELS, STEP, pair_lengths, save_model
+from bench.worker import VARIANTS
+
+from dpo_utils.plots import BLUE, GREY, ORANGE, save_figure
+
+BEST, DEFAULT, OURS, CHECKPOINTING = "TRL best", "TRL default", "ours", "ours, checkpointing"
+CACHED = [name for name in VARIANTS if "best" in name or "ours" in name]  # these score the reference once, beforehand
+
+
+class Worker:
+    """A variant's process, asked for one step at a time."""
+
+    def __init__(self, folder, shape, lengths, variant):
+        quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        self.log = tempfile.TemporaryFile("w+")
+        self.process = subprocess.Popen(
+            [sys.executable, "-m", "bench.worker", folder, shape, lengths, variant],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self.log, text=True, env=os.environ | quiet,
+        )  # fmt: skip
+
+    def turn(self, kind: str) -> dict:
+        """One stretch, measured as `time`, `flops` or `memory`."""
+        try:
+            print(kind, file=self.process.stdin, flush=True)
+            return json.loads(self.process.stdout.readline())
+        except (OSError, ValueError):
+            self.log.seek(0)
+            raise RuntimeError("a worker failed:\n" + self.log.read()[-3000:]) from None
+
+    def leave(self):
+        """No more turns."""
+        self.process.stdin.close()
+        self.process.wait()
+
+
+def measure(shape: str, lengths: str, rounds: int, variants) -> dict:
+    """{variant: its costs}: the reference pass once, then two counted steps and `rounds` timed ones, in turn."""
+    with tempfile.TemporaryDirectory() as folder:
+        save_model(shape, folder)
+        workers = {name: Worker(folder, shape, lengths, name) for name in variants}
+        reference = {name: workers[name].turn("time") if name in CACHED else None for name in variants}
+        counted = {name: worker.turn("flops") | worker.turn("memory") for name, worker in workers.items()}
+        timed = {name: [] for name in variants}
+        for _ in range(rounds):
+            for name, worker in workers.items():
+                timed[name].append(worker.turn("time"))
+        for worker in workers.values():
+            worker.leave()
+    return {name: summary(counted[name], timed[name], reference[name], lengths) for name in variants}
+
+
+def summary(counted: dict, timed: list[dict], reference: dict | None, lengths: str) -> dict:
+    """One variant's row: medians over the rounds, and what an epoch costs with the reference pass."""
+    sizes = pair_lengths(lengths, STEP[lengths]["pairs"])
+    row = {"loss": counted["loss"], "gflop": counted["flops"] / 1e9, "peak_mb": counted["peak_bytes"] / 2**20}
+    row["attention_gflop"] = counted["attention_flops"] / 1e9
+    for clock in ("cpu", "wall"):
+        step = statistics.median(t[clock] for t in timed)
+        once = reference[clock] if reference else 0.0
+        row[f"step_{clock}_s"], row[f"reference_{clock}_s"] = step, once
+        row[f"pairs_per_{clock}_s"] = len(sizes) / step
+        for epochs in (1, 3):
+            row[f"pairs_per_{clock}_s_{epochs}_epochs"] = epochs * len(sizes) / (once + epochs * step)
+    row["tokens_per_cpu_s"] = sum(2 * p + c + r for p, c, r in sizes) / row["step_cpu_s"]
+    return row | {"rounds": [{clock: t[clock] for clock in ("cpu", "wall")} for t in timed]}
+
+
+def floor_gflop(shape: str, lengths: str) -> float:
+    """What a step needs at least: every distinct token once, scores only where a token looks, the head where it is scored.
+
+    Forward, and backward to the activations alone (the weights are frozen; LoRA's own share is left out).
+    """
+    model = MODELS[shape]
+    width, layers = model["hidden_size"], model["num_hidden_layers"]
+    linear = 2 * layers * (4 * width**2 + 2 * width * model["intermediate_size"])  # a token, forward
+    total = 0
+    for p, c, r in pair_lengths(lengths, STEP[lengths]["pairs"]):
+        seen = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in (c, r))
+        head = 2 * width * model["vocab_size"] * (c + r)
+        total += 2 * linear * (p + c + r) + (1 + 2.5) * 4 * width * layers * seen + 2 * head
+    return total / 1e9
+
+
+COLUMNS = {
+    "pairs/s": ("pairs_per_cpu_s", ".2f"), "wall": ("pairs_per_wall_s", ".2f"), "1 epoch": ("pairs_per_cpu_s_1_epochs", ".2f"),
+    "3 epochs": ("pairs_per_cpu_s_3_epochs", ".2f"), "tokens/s": ("tokens_per_cpu_s", ".0f"), "GFLOP": ("gflop", ".0f"),
+    "peak MB": ("peak_mb", ".0f"), "loss": ("loss", ".6f"),
+}  # fmt: skip
+
+
+def report(rows: dict, title: str, floor: float) -> str:
+    """The table as text, with ours against TRL under it."""
+    lines = [title, f"{'':29s}" + "".join(f"{name:>10s}" for name in COLUMNS)]
+    for name, row in rows.items():
+        lines.append(f"{name:29s}" + "".join(f"{row[key]:10{form}}" for key, form in COLUMNS.values()))
+    for other in (BEST, DEFAULT):
+        if other in rows and OURS in rows:
+            lines.append(f"ours / {other}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios(rows, other).items()))
+    if OURS in rows:
+        lines.append(f"floor {floor:.0f} GFLOP: ours does {rows[OURS]['gflop'] / floor:.2f} times that")
+    return "\n".join(lines)
+
+
+def ratios(rows: dict, other: str) -> dict:
+    """Ours over another: more is better for pairs, less for the rest."""
+    names = ("pairs_per_cpu_s", "pairs_per_wall_s", "pairs_per_cpu_s_1_epochs", "pairs_per_cpu_s_3_epochs", "gflop", "peak_mb")
+    out = {name: rows[OURS][name] / rows[other][name] for name in names}
+    if CHECKPOINTING in rows:
+        out["peak_mb, checkpointing"] = rows[CHECKPOINTING]["peak_mb"] / rows[other]["peak_mb"]
+    return out
+
+
+def figure(cases: dict):
+    """Pairs a second, one panel a case, one bar a variant."""
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    drawn, panels = plt.subplots(1, len(cases), figsize=(3.1 * len(cases) + 1.6, 3.2), layout="constrained", sharey=True, squeeze=False)
+    for ax, (title, case) in zip(panels[0], cases.items(), strict=True):
+        rows = case["rows"]
+        colours = [BLUE if "ours" in name else ORANGE if "TRL" in name else GREY for name in rows]
+        bars = ax.barh(list(rows), [row["pairs_per_cpu_s"] for row in rows.values()], color=colours, alpha=0.8)
+        ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
+        ax.set(title=title, xlabel="pairs a CPU second")
+        ax.margins(x=0.18)
+        ax.grid(axis="y", visible=False)
+    panels[0][0].invert_yaxis()
+    return drawn
+
+
+def main() -> None:
+    """Measure, print as it goes, write figures/bench_cpu.png and .json."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", nargs="+", default=["C", "A"], choices=list(MODELS))
+    parser.add_argument("--lengths", nargs="+", default=list(STEP), choices=list(STEP))
+    parser.add_argument("--rounds", type=int, default=3, help="timed steps a variant")
+    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--name", default="bench_cpu", help="name of the figure and its JSON")
+    args = parser.parse_args()
+    cases = {}
+    for shape in args.shapes:
+        for lengths in args.lengths:
+            title = f"model {shape}, {lengths}-like, {STEP[lengths]['pairs']} pairs a step"
+            rows, floor = measure(shape, lengths, args.rounds, args.variants), floor_gflop(shape, lengths)
+            print(report(rows, title, floor), end="\n\n", flush=True)
+            against = {other: ratios(rows, other) for other in (BEST, DEFAULT) if other in rows and OURS in rows}
+            cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor}
+    settings = {"dtype": "float32", "threads": 1, "rounds": args.rounds, "torch": torch.__version__, "cpu": processor()}
+    print("written:", save_figure(figure(cases), args.name, {**settings, "cases": cases}))
+
+
+def processor() -> str:
+    """The CPU's name, where Linux tells it."""
+    info = Path("/proc/cpuinfo")
+    lines = info.read_text().splitlines() if info.exists() else []
+    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,173 @@
+"""One variant in a process of its own. It waits for its turn before every step and prints what the step cost as JSON.
+
+python -m bench.worker MODEL_FOLDER SHAPE LENGTHS VARIANT; a turn is a line on standard input: `time`, `flops` or `memory`.
+"""
+
+import json
+import os
+import sys
+import tempfile
+
+import torch
+import torch.nn.functional as F
+from bench.meter import Meter
+from bench.shapes import STEP, profile_for, text_pairs
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from dpo_utils import logps, train
+from dpo_utils.models import as_reference, fuse_gelu, load_policy, lora_config, trainable
+from dpo_utils.tokens import as_item, pack_rows, tokenize_all
+
+REPLIES = os.fdopen(os.dup(1), "w")  # trainers print what they like: only turns go to the parent
+
+
+class Turns:
+    """The worker's side of the alternation: `begin` waits for a turn, `end` replies with what it cost."""
+
+    def begin(self):
+        """Wait; leave when there are no more turns."""
+        turn = sys.stdin.readline().strip()
+        if not turn:
+            os._exit(0)
+        self.meter = Meter(turn).__enter__()
+
+    def end(self, kind: str, loss=None):
+        """kind: reference or step."""
+        self.meter.__exit__(None, None, None)
+        print(json.dumps({"kind": kind, "loss": loss, **self.meter.result}), file=REPLIES, flush=True)
+
+    def around(self, function):
+        """The function, measured as the pass over the reference."""
+
+        def measured(*args, **kwargs):
+            self.begin()
+            out = function(*args, **kwargs)
+            self.end("reference")
+            return out
+
+        return measured
+
+
+def move_adapter(model) -> None:
+    """Give the adapter seeded values that are not zero: with B = 0 every loss is ln 2, right or wrong."""
+    generator = torch.Generator().manual_seed(7)
+    named = {n: p for n, p in model.named_parameters() if ".default." in n and "lora_" in n}
+    for name in sorted(named):
+        scale = 0.02 if "lora_B" in name else 0.05
+        named[name].data.copy_(torch.randn(named[name].shape, generator=generator) * scale)
+
+
+def ours(turns, profile, pairs, _):
+    """`train_dpo` as readers call it."""
+    model, tokenizer = load_policy(profile)
+    move_adapter(model)
+    # policy and reference start apart here, so that losses can be compared: the check that refuses it makes way
+    train._preflight = lambda *_: turns.begin()
+    train.reference_logps = turns.around(train.reference_logps)
+
+    def after_step(history):
+        turns.end("step", history[-1]["loss"])
+        turns.begin()
+
+    train.train_dpo(model, tokenizer, pairs, profile, on_step=after_step)
+
+
+def trl(turns, profile, pairs, micro, best=False, same=False):
+    """TRL's DPOTrainer, whole. best: cached reference, no checkpointing, head on completions. same: sorted, fused GELU."""
+    import trl.trainer.utils
+    from datasets import Dataset
+    from transformers import TrainerCallback
+    from trl import DPOConfig, DPOTrainer
+
+    class Alternate(TrainerCallback):
+        def on_train_begin(self, *_, **__):
+            turns.begin()
+
+        def on_log(self, *_, logs, **__):
+            if "loss" in logs:
+                turns.end("step", logs["loss"])
+                turns.begin()
+
+    if best:
+        trl.trainer.utils._use_triton = lambda device: True  # off GPUs TRL would score every position
+        DPOTrainer._precompute_ref_logps = turns.around(DPOTrainer._precompute_ref_logps)
+    if same:
+        pairs = sorted(pairs, key=lambda p: max(len(p["prompt"] + p[side]) for side in ("chosen", "rejected")))
+    args = DPOConfig(
+        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, max_steps=profile.steps, max_length=None,
+        gradient_accumulation_steps=len(pairs) // micro, beta=profile.beta, learning_rate=profile.learning_rate,
+        lr_scheduler_type="constant", weight_decay=0.0, use_cpu=True, bf16=False, report_to=[], logging_steps=1,
+        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
+        **({"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}),
+    )  # fmt: skip
+    trainer = DPOTrainer(
+        base(profile, fused=same), args=args, train_dataset=Dataset.from_list(pairs), peft_config=lora_config(profile),
+        processing_class=AutoTokenizer.from_pretrained(profile.model), callbacks=[Alternate()],
+    )  # fmt: skip
+    move_adapter(trainer.model)
+    trainer.train()
+
+
+def base(profile, fused=False):
+    """The saved model as the peers load it, with its own `gelu_new` unless `fused`."""
+    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
+    if fused:
+        fuse_gelu(model)
+    return model
+
+
+def loop(turns, profile, pairs, micro, score):
+    """The textbook loop: micro-batches in the data's order, policy and reference scored in every step."""
+    model = get_peft_model(base(profile), lora_config(profile)).train()
+    move_adapter(model)
+    rows, _ = tokenize_all(pairs, AutoTokenizer.from_pretrained(profile.model), profile.max_length)
+    items = [as_item(row) for row in rows]
+    optimizer = torch.optim.AdamW(trainable(model), lr=profile.learning_rate, weight_decay=0.0)
+    for _ in range(profile.steps):
+        turns.begin()
+        total = 0.0
+        for start in range(0, len(items), micro):
+            part = items[start : start + micro]
+            policy = score(model, part)
+            with torch.no_grad(), as_reference(model):
+                reference = score(model, part)
+            margins = profile.beta * (policy - reference).view(-1, 2)
+            loss = -F.logsigmoid(margins[:, 0] - margins[:, 1]).sum() / len(items)
+            loss.backward()
+            total += loss.item()
+        torch.nn.utils.clip_grad_norm_(trainable(model), profile.max_grad_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        turns.end("step", total)
+
+
+def plain_score(model, items):
+    """Two padded rows a pair, all logits."""
+    return logps.plain_logps(model, items, pad_id=0)
+
+
+def prefix_score(model, items):
+    """One row a pair that shares the prompt, all logits."""
+    rows = pack_rows([[item] for item in items], pad_id=0)
+    out = model(input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False)
+    token_logps = out.logits.flatten(0, 1).log_softmax(-1)[rows.predictors, rows.labels]
+    return torch.stack([part.sum() for part in token_logps.split(rows.counts)])
+
+
+VARIANTS = {
+    "plain loop": lambda *a: loop(*a, plain_score),
+    "TRL default": trl,
+    "TRL best": lambda *a: trl(*a, best=True),
+    "TRL best, sorted, same GELU": lambda *a: trl(*a, best=True, same=True),
+    "prefix rows, all logits": lambda *a: loop(*a, prefix_score),
+    "ours": ours,
+    "ours, checkpointing": ours,
+}
+
+if __name__ == "__main__":
+    folder, shape, lengths, variant = sys.argv[1:]
+    sys.stdout = sys.stderr
+    torch.set_num_threads(1)
+    chosen = profile_for(folder, lengths, gradient_checkpointing=variant == "ours, checkpointing")
+    VARIANTS[variant](Turns(), chosen, text_pairs(shape, lengths), STEP[lengths]["micro_pairs"])

@@ -1,0 +1,90 @@
+"""Small whole runs on the bundled model, for tests of training: ten pairs, a few steps, in milliseconds each."""
+
+import contextlib
+import os
+from functools import cache
+
+from datasets import Dataset
+
+from dpo_utils import models
+from dpo_utils.models import trainable
+from dpo_utils.profiles import load_profile
+from dpo_utils.train import train_dpo, train_sft, training_data
+
+CHANGES = {"batch": 4, "steps": 7, "checkpoint_every": 3, "sft_batch": 4, "sft_steps": 5, "warmup": 0.3}
+
+
+def profile(**changes):
+    """Tiny, shortened: 4 pairs a step out of 10, so that no epoch ends with a step."""
+    return load_profile("tiny", **{**CHANGES, **changes})
+
+
+@cache
+def pairs(n: int = 10) -> Dataset:
+    """The first n training pairs."""
+    return training_data("dpo", profile())[0].select(range(n))
+
+
+@cache
+def demonstrations(n: int = 10) -> Dataset:
+    """The first n demonstrations."""
+    return training_data("sft", profile())[0].select(range(n))
+
+
+def policy(settings=None, **options):
+    """(model, tokenizer), freshly loaded."""
+    return models.load_policy(settings or profile(), **options)
+
+
+def dpo(output=None, settings=None, data=None, **options):
+    """(history, adapter weights) of a DPO run on a fresh policy."""
+    settings = settings or profile()
+    model, tokenizer = policy(settings)
+    history = train_dpo(model, tokenizer, data or pairs(), settings, output, **options)
+    return history, [p.detach().clone() for p in trainable(model)]
+
+
+def sft(output=None, settings=None, **options):
+    """As `dpo`, for SFT."""
+    settings = settings or profile()
+    model, tokenizer = policy(settings)
+    history = train_sft(model, tokenizer, demonstrations(), settings, output, **options)
+    return history, [p.detach().clone() for p in trainable(model)]
+
+
+def numbers(history) -> list[dict]:
+    """The history without wall times."""
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in history]
+
+
+def adapter_bytes(output) -> bytes:
+    """The weights as saved for others."""
+    return (output / "adapter" / "adapter_model.safetensors").read_bytes()
+
+
+@contextlib.contextmanager
+def child(work):
+    """Run `work` in a forked process that shares everything loaded so far; gives its process id."""
+    pid = os.fork()
+    if pid == 0:
+        with open(os.devnull, "w") as null:
+            os.dup2(null.fileno(), 1)
+            os.dup2(null.fileno(), 2)
+        status = 1
+        try:
+            work()
+            status = 0
+        except KeyboardInterrupt:
+            status = 130
+        finally:
+            os._exit(status)
+    try:
+        yield pid
+    finally:
+        with contextlib.suppress(ChildProcessError):
+            os.waitpid(pid, 0)
+
+
+def ended(pid) -> int:
+    """Wait for a child: its exit status, or minus the number of the signal that ended it."""
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
