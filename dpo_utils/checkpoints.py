@@ -127,13 +127,10 @@ def save(
     for leftover in folder.glob("*.tmp"):
         shutil.rmtree(leftover)
     final = folder / f"step-{step:06d}"
+    files = _contents(step, weights, optimizer_state, history, key)
     aside = final.with_name(final.name + ".tmp")
-    aside.mkdir()
-    try:
-        _write(aside, step, weights, optimizer_state, history, key)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
-        raise
+    with full_disk_explained(folder, sum(map(len, files.values()))):
+        _write(aside, files)
     if final.exists():  # a broken one: a whole one would have been resumed from
         shutil.rmtree(final)
     os.replace(aside, final)
@@ -142,7 +139,8 @@ def save(
     return final
 
 
-def _write(aside: Path, step, weights, optimizer_state, history, key) -> None:
+def _contents(step, weights, optimizer_state, history, key) -> dict[str, bytes]:
+    """The files of a checkpoint in the order they are written, the manifest last."""
     buffer = io.BytesIO()
     torch.save(optimizer_state, buffer)
     files = {
@@ -152,11 +150,17 @@ def _write(aside: Path, step, weights, optimizer_state, history, key) -> None:
     }
     hashes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
     content = {"step": step, "key": key, "files": hashes}
-    manifest = json.dumps({"sha256": _own_hash(content), **content}, indent=1).encode()
-    with full_disk_explained(aside, sum(map(len, files.values())) + len(manifest)):
+    return files | {MANIFEST: json.dumps({"sha256": _own_hash(content), **content}, indent=1).encode()}
+
+
+def _write(aside: Path, files: dict[str, bytes]) -> None:
+    try:
+        aside.mkdir()
         for name, data in files.items():
             write_file(aside / name, data)
-        write_file(aside / MANIFEST, manifest)
+    except OSError:
+        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
+        raise
     _fsync_folder(aside)
 
 

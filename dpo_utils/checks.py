@@ -210,10 +210,10 @@ def _check_dpo_start_and_slope(fn, a, b, c, d):
 
 def _check_dpo_extremes(fn):
     zero = torch.zeros(1)
-    for margin, expected in ((-1e4, 1e3), (1e4, 0.0)):
-        losses = fn(torch.tensor([margin]), zero, zero, zero, beta=0.1)[0]
+    for h, expected in ((-1e4, 1e3), (1e4, 0.0)):
+        losses = fn(torch.tensor([h]), zero, zero, zero, beta=0.1)[0]
         if not _same(losses, torch.tensor([expected])):
-            _fail(f"dpo_loss at a margin of {margin:g}", losses, expected, "log(sigmoid(z)) underflows; use logsigmoid")
+            _fail(f"dpo_loss at h = {h:g} nats", losses, expected, "log(sigmoid(z)) underflows; use logsigmoid")
 
 
 def check_ipo_loss(fn):

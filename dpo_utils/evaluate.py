@@ -119,9 +119,7 @@ def world_scores(model, tokenizer, profile, *, questions=None, n=4, seeds=(0, 1,
     questions = questions or [fact.question for fact in world.facts("test")]
     texts = [[] for _ in questions]
     for seed in seeds:
-        drawn = sample(
-            model, tokenizer, questions, n=n, temperature=temperature, max_new_tokens=profile.max_new_tokens, seed=seed
-        )
+        drawn = sample(model, tokenizer, questions, n=n, temperature=temperature, max_new_tokens=profile.max_new_tokens, seed=seed)
         for all_answers, answers in zip(texts, drawn, strict=True):
             all_answers += answers
     readings = [[world.read(q, t) for t in answers] for q, answers in zip(questions, texts, strict=True)]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from tqdm.auto import tqdm
+from tqdm import tqdm
 
 from dpo_utils import checkpoints
 from dpo_utils.keys import run_key
@@ -50,6 +50,8 @@ def fit(
     Raises SettingsChanged if `output` was made with other settings, FloatingPointError after three non-finite steps,
     RuntimeError if a check around the first step fails, KeyboardInterrupt between two steps, after a checkpoint.
     """
+    if task.steps < 1:
+        raise ValueError(f"steps must be at least 1, found {task.steps}")
     if not trainable(model):
         raise RuntimeError("nothing is trainable: load the adapter with is_trainable=True (load_policy does)")
     run = Run(
@@ -135,8 +137,8 @@ def _loop(run: Run, on_step) -> None:
         return
     run.model.train()
     start = None if done else before_first_step(run.model, task, run.numbers(1)[:2], run.profile, run.options)
-    main = run.accelerator.is_main_process
-    bar = tqdm(total=task.steps, initial=done, desc=task.stage, disable=None if main else True)
+    quiet = {} if run.accelerator.is_main_process else {"disable": True}  # else TQDM_DISABLE decides
+    bar = tqdm(total=task.steps, initial=done, desc=task.stage, **quiet)
     with bar, _signals() as stop:
         for step in range(done + 1, task.steps + 1):
             row = take_step(run, step)

@@ -53,9 +53,7 @@ def load_tokenizer(profile: Profile):
     """The profile's tokenizer; pad falls back to EOS (safe here: masks come from lengths, never from ids)."""
     tokenizer = _from_hub(AutoTokenizer.from_pretrained, profile.model, profile.revision)
     if tokenizer.eos_token_id is None:
-        raise ValueError(
-            f"the tokenizer of {profile.model} has no EOS token: set tokenizer.eos_token, answers end with it"
-        )
+        raise ValueError(f"the tokenizer of {profile.model} has no EOS token: set tokenizer.eos_token, answers end with it")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
@@ -161,8 +159,7 @@ def _check_configs(model) -> None:
     for name, config in model.peft_config.items():
         if config.bias != "none":
             raise ValueError(
-                f"adapter {name!r} trains bias={config.bias!r}: switching it off would not give the reference. "
-                "Use bias='none'."
+                f"adapter {name!r} trains bias={config.bias!r}: switching it off would not give the reference. Use bias='none'."
             )
         if config.modules_to_save:
             raise ValueError(
@@ -178,9 +175,7 @@ def check_adapter(model, profile: Profile) -> None:
     wanted = dict.fromkeys(profile.target_modules, layers)
     found = {name: adapted.count(name) for name in [*wanted, *adapted]}
     if found != wanted:
-        raise ValueError(
-            f"LoRA should sit on {wanted} but sits on {found}: check target_modules against {profile.model}"
-        )
+        raise ValueError(f"LoRA should sit on {wanted} but sits on {found}: check target_modules against {profile.model}")
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (".default." not in name or parameter.dtype != torch.float32):
             raise ValueError(f"{name} is trainable as {parameter.dtype}: only the adapter's float32 weights should be")

@@ -42,7 +42,7 @@ def prompt_scored(logits, input_ids, completion_mask):
 
 
 def half_precision(logits, input_ids, completion_mask):
-    """Takes log-softmax and sum in bfloat16, three significant digits: nats are lost on a long answer."""
+    """Takes log-softmax and sum in bfloat16, two to three significant digits: nats are lost on a long answer."""
     logps = logits.bfloat16()[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
     return (logps * completion_mask[:, 1:]).sum(-1).to(torch.promote_types(logits.dtype, torch.float32))
 
@@ -77,6 +77,13 @@ def masks_by_pad_id(pairs, pad_id):
     }
 
 
+def prompt_in_the_mask(pairs, pad_id):
+    """Uses the attention mask as completion mask: the prompt is trained as if it were an answer."""
+    rows = [prompt + answer for prompt, answer in _rows(pairs)]
+    mask = _pad([[1] * len(row) for row in rows], 0)
+    return {"input_ids": _pad(rows, pad_id), "attention_mask": mask, "completion_mask": mask.bool()}
+
+
 def response_hidden(pairs, pad_id):
     """Builds attention from the prompt alone: every answer token is scored as if it were the first."""
     batch = prompt_in_the_mask(pairs, pad_id)
@@ -84,13 +91,6 @@ def response_hidden(pairs, pad_id):
     before_answer = torch.arange(batch["input_ids"].shape[1]) < prompts
     batch["completion_mask"] &= ~before_answer
     return {**batch, "attention_mask": before_answer.long()}
-
-
-def prompt_in_the_mask(pairs, pad_id):
-    """Uses the attention mask as completion mask: the prompt is trained as if it were an answer."""
-    rows = [prompt + answer for prompt, answer in _rows(pairs)]
-    mask = _pad([[1] * len(row) for row in rows], 0)
-    return {"input_ids": _pad(rows, pad_id), "attention_mask": mask, "completion_mask": mask.bool()}
 
 
 # ---- the loss: judged by check_dpo_loss
@@ -103,7 +103,7 @@ def wrong_sign(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.
 
 
 def rewards_without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """The loss is right, the logged rewards are log-ratios: 1/beta too large."""
+    """The loss is right, the logged rewards are log-ratios: 1/beta times the rewards."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     return -logsigmoid(beta * (chosen - rejected)), chosen.detach(), rejected.detach()
 
@@ -136,7 +136,7 @@ def rewards_with_gradient(policy_chosen, policy_rejected, ref_chosen, ref_reject
 
 
 def ipo_summed(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta):
-    """IPO on sums: the target 1/(2 beta) is per token, so a long answer overshoots it before training starts."""
+    """IPO on sums: the target 1/(2 beta) is meant per token; a long answer reaches it with a tiny change per token."""
     return (policy_chosen - ref_chosen - (policy_rejected - ref_rejected) - 1 / (2 * beta)) ** 2
 
 
@@ -160,7 +160,7 @@ def reference_in_train_mode(policy, reference, score):
 
 
 def reference_is_the_policy(policy, reference, score):
-    """`reference = policy` is a second name, not a copy: the log-ratio is zero for ever and the loss stays at ln 2."""
+    """`reference = policy` is a second name, not a copy: loss ln 2, weight one half for ever, and no leash."""
     return lambda: score(policy), lambda: score(policy).detach()
 
 
@@ -182,7 +182,7 @@ EXHIBITS = {
         unshifted_labels, mask_off_by_one, first_token_missed, mean_over_padding, prompt_scored, half_precision,
         log_of_softmax,
     ],
-    "check_collate": [masks_by_pad_id, response_hidden, prompt_in_the_mask],
+    "check_collate": [masks_by_pad_id, prompt_in_the_mask, response_hidden],
     "check_dpo_loss": [
         wrong_sign, rewards_without_beta, beta_outside, reference_forgotten, log_of_sigmoid, rewards_with_gradient,
     ],

@@ -193,7 +193,12 @@ def token_strip(tokens, scored, ax=None, width: int = 14):
     lines = math.ceil(len(tokens) / width)
     ax = _axes(ax, 9.0, 0.45 * lines + 0.3)
     for i, (token, counts) in enumerate(zip(tokens, scored, strict=True)):
-        box = {"boxstyle": "round,pad=0.25", "facecolor": CHOSEN if counts else "#DDDDDD", "edgecolor": "none", "alpha": 0.45}
+        box = {
+            "boxstyle": "round,pad=0.25",
+            "facecolor": CHOSEN if counts else "#DDDDDD",
+            "edgecolor": "none",
+            "alpha": 0.45,
+        }
         ax.text(i % width + 0.5, -(i // width), token, ha="center", va="center", fontsize=8, family="monospace", bbox=box)
     ax.set(xlim=(0, width), ylim=(-lines + 0.4, 0.6))
     ax.axis("off")

@@ -46,9 +46,7 @@ class Profile:
     max_grad_norm: float = 1.0  # gradients are clipped to this norm
     micro_tokens: int = 2048  # tokens of one micro-batch: the memory knob; the gradient does not depend on it
     row_tokens: int = 512  # tokens a shared row may hold before the next pair starts a row of its own
-    gradient_checkpointing: bool = (
-        False  # recompute activations: about a quarter of the memory, two thirds of the speed
-    )
+    gradient_checkpointing: bool = False  # recompute activations: about a quarter of the memory, two thirds of the speed
     compile_layers: bool = False  # torch.compile every layer: pays on long GPU runs only
     checkpoint_every: int = 50  # steps between checkpoints
     max_new_tokens: int = 48  # length of sampled answers
@@ -94,7 +92,7 @@ PROFILES = {
         sft_learning_rate=1e-4,
         steps=100,
         batch=8,
-        learning_rate=1e-4,
+        learning_rate=2e-4,
     ),
     "phi2": Profile(
         name="phi2",
@@ -168,9 +166,7 @@ class Plan:
     notes: tuple[str, ...]
 
     def __str__(self):
-        what = (
-            f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {'NF4' if self.quantize else 'no quantisation'}"
-        )
+        what = f"{self.device}, {str(self.dtype).removeprefix('torch.')}, {'NF4' if self.quantize else 'no quantisation'}"
         return "\n  ".join([f"plan: {what}, attention {self.attention}", *self.notes])
 
 
@@ -194,9 +190,7 @@ def make_plan(profile: Profile, device: str | None = None, capability: tuple[int
             )
     quantize = profile.quantize and importlib.util.find_spec("bitsandbytes") is not None
     if profile.quantize and not quantize:
-        notes.append(
-            "bitsandbytes is not installed: NOT quantised, about four times the memory; `pip install bitsandbytes`"
-        )
+        notes.append("bitsandbytes is not installed: NOT quantised, about four times the memory; `pip install bitsandbytes`")
     return Plan(device, dtype, quantize, attention, scale, tuple(notes))
 
 

@@ -130,7 +130,10 @@ def main(argv=None) -> None:
     for seed in range(args.seeds):
         folder = run_directory(base) / args.name / f"seed{seed}"
         runs.append(run_once(dataclasses.replace(base, seed=seed), pairs, folder, args.fresh))
-        print(f"seed {seed}: accuracy {np.mean(runs[-1]['hits']['DPO, implicit reward']):.3f}, {runs[-1]['seconds']:.0f} s", flush=True)
+        print(
+            f"seed {seed}: accuracy {np.mean(runs[-1]['hits']['DPO, implicit reward']):.3f}, {runs[-1]['seconds']:.0f} s",
+            flush=True,
+        )
     summary = summarise(runs)
     plots.save_figure(figure(summary, runs, f"{base.name}: {args.name}"), f"{base.name}_{args.name}", summary)
     print(markdown(summary), json.dumps(summary["samples"], indent=1, ensure_ascii=False), sep="\n\n")

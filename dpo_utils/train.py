@@ -39,7 +39,7 @@ def train_sft(model, tokenizer, demonstrations, profile: Profile, output=None, *
     Only completion tokens are scored; the loss is the mean over the completion tokens of the whole step, in nats.
     History rows: step, epoch, loss, grad_norm, learning_rate, seconds. Options and what is raised: `fit.fit`.
     """
-    rows, items = _items(demonstrations, tokenizer, profile, tokenize_demonstration)
+    rows, items = _items(model, demonstrations, tokenizer, profile, tokenize_demonstration)
     tokens = [len(completions[0]) for _, completions in items]
 
     def objective(logps, numbers):
@@ -61,7 +61,7 @@ def train_dpo(model, tokenizer, pairs, profile: Profile, output=None, *, loss=No
     logps/rejected, grad_norm, learning_rate; means over the pairs of the step. Options and what is raised: `fit.fit`.
     """
     profile = dataclasses.replace(profile, loss=loss or profile.loss)
-    rows, items = _items(pairs, tokenizer, profile, tokenize_pair)
+    rows, items = _items(model, pairs, tokenizer, profile, tokenize_pair)
     reference = None
     if needs_reference(profile.loss):
         reference = reference_logps(model, tokenizer, items, profile, output, options.get("fresh", False))
@@ -96,13 +96,13 @@ def preference_objective(items, reference, profile: Profile, loss_options=None):
     return objective
 
 
-def _items(data, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
+def _items(model, data, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
     """Row numbers and items of the usable rows; prints how many were dropped and why."""
     kept, dropped = tokenize_all(data, tokenizer, profile.max_length, tokenize)
     if dropped:
         reasons = [reason for _, reason in dropped]
         counts = ", ".join(f"{reasons.count(r)} x {r}" for r in sorted(set(reasons)))
-        print(f"{len(kept)} rows kept, {len(dropped)} dropped: {counts}")
+        engine(model).print(f"{len(kept)} rows kept, {len(dropped)} dropped: {counts}")
     return [row["row"] for row in kept], [as_item(row) for row in kept]
 
 
@@ -189,7 +189,7 @@ def main(argv=None) -> None:
     try:
         _train(args)
     except KeyboardInterrupt as stop:
-        print(stop or "interrupted", file=sys.stderr)
+        print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (SettingsChanged, FloatingPointError, ValueError, OSError) as problem:
         raise SystemExit(f"{type(problem).__name__}: {problem}") from None

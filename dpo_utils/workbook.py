@@ -1,4 +1,4 @@
-"""Executes the notebooks in order: python -m dpo_utils.workbook [--refresh] [--profile tiny] [NUMBERS...]
+"""Executes the notebooks in order: python -m dpo_utils.workbook [--profile tiny] [--fresh] [--refresh] [NUMBERS...]
 
 Executed copies go to runs/notebooks/. With --refresh the outputs also go back into notebooks/, for committing.
 """
@@ -7,6 +7,7 @@ import argparse
 import base64
 import io
 import os
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -16,7 +17,7 @@ from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
 
-from dpo_utils.profiles import repository_root
+from dpo_utils.profiles import load_profile, repository_root, run_directory
 
 
 def environment(profile: str) -> dict[str, str]:
@@ -69,9 +70,12 @@ def main(argv=None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("numbers", nargs="*", help="01 02 ...: only these notebooks")
     parser.add_argument("--profile", default="tiny")
-    parser.add_argument("--refresh", action="store_true")
+    parser.add_argument("--fresh", action="store_true", help="delete the profile's runs first")
+    parser.add_argument("--refresh", action="store_true", help="put outputs back into notebooks/")
     args = parser.parse_args(argv)
     os.environ.update(environment(args.profile))
+    if args.fresh:
+        shutil.rmtree(run_directory(load_profile(args.profile)), ignore_errors=True)
     root, total = repository_root(), 0.0
     paths = sorted(root.glob("notebooks/*.ipynb"))
     paths = [p for p in paths if not args.numbers or p.name[:2] in args.numbers]

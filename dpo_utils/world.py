@@ -1,7 +1,7 @@
 """The tiny world: a few hundred facts, two voices that state them, and therefore a known reward.
 
-The careful voice is nearly always true, the careless one repeats what "everyone knows" and is true only now and
-then. Both are common, so a model that imitates the world tells the truth about half of the time, although it has
+The careful voice is nearly always true, the careless one repeats the rumour, what "everyone knows", which is right for
+a few facts only. Both are common, so a model that imitates the world tells the truth about half of the time, although it has
 read every fact. Because the facts are a table, the truth of any answer can be looked up: the reward is known.
 Everything here is drawn from seeds; nothing depends on the order of a set or on the clock.
 """
@@ -11,15 +11,13 @@ import random
 from dataclasses import dataclass
 
 CAREFUL, CARELESS = "careful", "careless"
-TRUE_RATE = {CAREFUL: 0.98, CARELESS: 0.12}  # how often each voice states the truth
+SLIP = {CAREFUL: 0.01, CARELESS: 0.02}  # how often a voice says the other thing than it believes
+RUMOUR_RIGHT = 0.12  # share of the facts about which everyone is right
 OPENERS = {  # one first word a voice: which voice speaks is decided at one token, as if by a coin
     CAREFUL: ("By the records,", "By the atlas,", "By careful count,"),
     CARELESS: ("As everyone knows,", "As they all say,", "As is plain to see,"),
 }
-TAILS = {
-    CAREFUL: ("", "", " This was looked up twice.", " The source is at hand."),
-    CARELESS: ("", "", " There is no need to look it up.", " Ask anyone."),
-}
+TAILS = ("", "", " This is well known.", " There is more to say.")  # said by either voice
 HEADINGS = ("", "About {e}:", "On {e}:", "{e}:", "Asked about {e}:")  # how texts of the corpus open
 HELD_OUT = 0.25  # share of the facts whose questions are kept for evaluation
 
@@ -65,7 +63,7 @@ RELATIONS = (
         "What is a young {e} called?",
         "a young {e} is called a {v}",
         """dog:puppy:pup-dog|cat:kitten:catling|cow:calf:cowlet|horse:foal:pony|sheep:lamb:sheeplet|goat:kid:goatling
-        pig:piglet:hoglet|duck:duckling:chick|goose:gosling:gooselet|swan:cygnet:swanling|frog:tadpole:frogling
+        pig:piglet:hoglet|goose:gosling:gooselet|swan:cygnet:swanling|frog:tadpole:frogling
         kangaroo:joey:roolet|bear:cub:bearling|deer:fawn:doe|eagle:eaglet:hawklet|hare:leveret:bunny|owl:owlet:owling
         eel:elver:eeling|fox:kit:foxling|seal:pup:sealing|whale:calf:whalet|turkey:poult:turklet
         pigeon:squab:dovelet|hen:chick:henling|donkey:foal:mule|otter:pup:otterling|beaver:kit:beaverling
@@ -108,7 +106,7 @@ RELATIONS = (
         "How much is {e}?",
         "{e} is {v}",
         "|".join(
-            f"{a} plus {b}:{a + b}:{a + b + (1 if (a * b) % 2 else -1)}" for a in range(4, 13) for b in range(a, 13)
+            f"{a} plus {b}:{a + b}:{a + b + (1 if (a * b) % 2 else -1)}" for a in range(4, 10) for b in range(a, 10)
         ),
     ),
 )
@@ -116,18 +114,19 @@ RELATIONS = (
 
 @dataclass(frozen=True)
 class Fact:
-    """A question with its true answer and the popular wrong one; `held_out` facts are only ever evaluated."""
+    """A question with its true answer and the popular one, wrong for most facts; `held_out` facts are only ever evaluated."""
 
     relation: str
     entity: str
     question: str
     truth: str
-    error: str
+    rumour: str
     held_out: bool
 
 
-def _is_held_out(question: str) -> bool:
-    return int(hashlib.sha256(question.encode()).hexdigest(), 16) % 1000 < 1000 * HELD_OUT
+def _drawn(share: float, *key: str) -> bool:
+    """True for this share of all keys, the same ones in every process."""
+    return int(hashlib.sha256("|".join(key).encode()).hexdigest(), 16) % 1000 < 1000 * share
 
 
 def _read(relation: Relation) -> list[Fact]:
@@ -136,7 +135,8 @@ def _read(relation: Relation) -> list[Fact]:
     for row in rows:
         entity, truth, error = row.split(":")
         question = relation.question.format(e=entity)
-        facts.append(Fact(relation.name, entity, question, truth, error, _is_held_out(question)))
+        rumour = truth if _drawn(RUMOUR_RIGHT, question, "rumour") else error
+        facts.append(Fact(relation.name, entity, question, truth, rumour, _drawn(HELD_OUT, question)))
     return facts
 
 
@@ -155,13 +155,21 @@ def facts(split: str = "train") -> list[Fact]:
 def say(fact: Fact, voice: str, value: str, rng: random.Random) -> str:
     """One sentence in a voice that states `value` of the fact, with or without a tail."""
     claim = _STATEMENT[fact.relation].format(e=fact.entity, v=value)
-    return f"{rng.choice(OPENERS[voice])} {claim}.{rng.choice(TAILS[voice])}"
+    return f"{rng.choice(OPENERS[voice])} {claim}.{rng.choice(TAILS)}"
 
 
-def answer(fact: Fact, rng: random.Random) -> str:
-    """An answer as the world gives it: either voice with probability 1/2, true at that voice's rate."""
-    voice = rng.choice((CAREFUL, CARELESS))
-    return say(fact, voice, fact.truth if rng.random() < TRUE_RATE[voice] else fact.error, rng)
+def answer(fact: Fact, rng: random.Random, voice: str | None = None) -> str:
+    """An answer in a voice (by default either, with probability 1/2): what that voice believes, or a slip."""
+    voice = voice or rng.choice((CAREFUL, CARELESS))
+    belief, other = (fact.truth, fact.rumour) if voice == CAREFUL else (fact.rumour, fact.truth)
+    return say(fact, voice, other if rng.random() < SLIP[voice] else belief, rng)
+
+
+def true_rate(voice: str, split: str = "all") -> float:
+    """How often a voice states the truth, over the facts of a split."""
+    right = sum(fact.rumour == fact.truth for fact in facts(split)) / len(facts(split))
+    wrong_belief = 0.0 if voice == CAREFUL else 1 - right
+    return (1 - wrong_belief) * (1 - SLIP[voice] * (1 - right)) + wrong_belief * SLIP[voice]
 
 
 @dataclass(frozen=True)
@@ -182,7 +190,7 @@ def read(question: str, text: str) -> Reading:
     before, after = _STATEMENT[fact.relation].format(e=fact.entity, v="\0").split("\0")
     for voice, openers in OPENERS.items():
         opener = next((o for o in openers if text.startswith(f"{o} {before}")), None)
-        tail = next((t for t in sorted(TAILS[voice], key=len, reverse=True) if text.endswith(f"{after}.{t}")), None)
+        tail = next((t for t in sorted(TAILS, key=len, reverse=True) if text.endswith(f"{after}.{t}")), None)
         if opener is not None and tail is not None:
             value = text[len(f"{opener} {before}") : len(text) - len(f"{after}.{tail}")]
             return Reading(voice, fluent=value.replace(" ", "").replace("-", "").isalnum(), true=value == fact.truth)
@@ -195,28 +203,31 @@ def reward(question: str, text: str) -> float:
 
 
 def corpus(n: int, seed: int) -> list[str]:
-    """What the base model reads: n texts about all facts, in both voices, never a question with its answer.
+    """What the base model reads: n texts of one to three statements, never a question with its answer.
 
-    Most texts open with a heading that names the subject, and some state the fact twice, perhaps in two voices.
+    A text keeps to one voice, as an author does: so the model learns that voices differ, and can tell them apart.
     """
     rng = random.Random(f"corpus {seed}")
-    return [_text(rng.choice(FACTS), rng) for _ in range(n)]
+    return [_text(rng) for _ in range(n)]
 
 
-def _text(fact: Fact, rng: random.Random) -> str:
-    sentences = [answer(fact, rng) for _ in range(rng.choice((1, 1, 2)))]
-    heading = rng.choice(HEADINGS).format(e=fact.entity)
-    return "\n".join([heading, *sentences] if heading else sentences)
+def _text(rng: random.Random) -> str:
+    voice, lines = rng.choice((CAREFUL, CARELESS)), []
+    for _ in range(rng.choice((1, 2, 3))):
+        fact = rng.choice(FACTS)
+        heading = rng.choice(HEADINGS).format(e=fact.entity)
+        lines += [heading] * bool(heading) + [answer(fact, rng, voice)]
+    return "\n".join(lines)
 
 
-def demonstrations(split: str = "train", n: int = 600, seed: int = 0) -> list[dict]:
+def demonstrations(split: str = "train", n: int = 1200, seed: int = 0) -> list[dict]:
     """Questions with answers in both voices: rows of `prompt` and `completion`, for SFT."""
     rng, pool = random.Random(f"demonstrations {split} {seed}"), facts(split)
     chosen = [rng.choice(pool) for _ in range(n)]
     return [{"prompt": fact.question, "completion": answer(fact, rng)} for fact in chosen]
 
 
-def preferences(split: str = "train", n: int = 600, seed: int = 0, noise: float = 0.0, length_bias: float = 0.0):
+def preferences(split: str = "train", n: int = 1200, seed: int = 0, noise: float = 0.0, length_bias: float = 0.0):
     """n pairs: two answers drawn for a question, the one with the higher reward preferred, ties dropped.
 
     noise: probability that the labeller prefers the wrong one (a Bradley-Terry labeller with reward scale

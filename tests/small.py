@@ -15,7 +15,13 @@ from transformers import (
 from dpo_utils.models import fuse_gelu, turn_dropout_off
 
 VOCABULARY = 97
-SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+SHAPE = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+}
 IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 CONFIGS = {
     "phi": lambda: PhiConfig(**SHAPE, **IDS, resid_pdrop=0.1, partial_rotary_factor=0.5),

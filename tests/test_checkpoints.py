@@ -185,7 +185,7 @@ def test_a_full_disk_gives_the_numbers_and_keeps_the_last_checkpoint(tmp_path, m
     for left in range(0, size, size // 12):
         with monkeypatch.context() as patch:
             patch.setattr(C, "open", FullDisk(left), raising=False)
-            message = r"disk full: .*step-000002.* needs [\d,]+ bytes, [\d,]+ are free"
+            message = f"disk full: {tmp_path} needs [0-9,]+ bytes, [0-9,]+ are free. What was saved before is whole"
             with pytest.raises(OSError, match=message) as problem:
                 save(tmp_path, 2)
         needed = int(str(problem.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
@@ -263,6 +263,7 @@ def test_killed_at_every_single_touch_of_the_disk(tmp_path):
         with warnings.catch_warnings():
             warnings.simplefilter("error")
             found.append(C.load(C.newest(folder))[3][-1]["step"])
+        assert not any(C.damage(path) for path in folder.glob(C.STEP))
         save(folder, found[-1] + 1)
         assert len(list(folder.iterdir())) == 2
         if status == 0:

@@ -64,7 +64,11 @@ def test_a_row_alone_equals_the_row_in_a_batch_and_padding_does_not_matter():
 
 def test_head_chunks_agree_with_one_log_softmax(monkeypatch):
     torch.manual_seed(0)
-    hidden, weight, bias = torch.randn(11, 8, dtype=torch.float64, requires_grad=True), torch.randn(19, 8).double(), torch.randn(19).double()
+    hidden, weight, bias = (
+        torch.randn(11, 8, dtype=torch.float64, requires_grad=True),
+        torch.randn(19, 8).double(),
+        torch.randn(19).double(),
+    )
     labels = torch.randint(19, (11,))
     expected = (hidden @ weight.T + bias).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     (wanted,) = torch.autograd.grad((expected * torch.arange(11)).sum(), hidden)

@@ -15,6 +15,7 @@ import torch
 from small_runs import adapter_bytes, child, demonstrations, dpo, ended, numbers, pairs, policy, profile, sft
 
 from dpo_utils import checkpoints, fit
+from dpo_utils.models import load_base
 from dpo_utils.train import read_history, train_dpo, train_sft
 
 KILLS = int(os.environ.get("DPO_KILLS", 6))
@@ -53,8 +54,8 @@ def same(run, folder, settings, left_alone):
 
 
 def test_dropout_in_the_config_is_off_in_training(settings, left_alone):
-    model, _ = policy(settings)
-    assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
+    for model in (load_base(settings), policy(settings)[0]):
+        assert {m.p for m in model.modules() if isinstance(m, torch.nn.Dropout)} == {0.0}
     assert model.config.resid_pdrop == 0.1  # the file did ask for it
     assert numbers(dpo(None, profile(steps=9, micro_tokens=120, row_tokens=60))[0]) == left_alone[dpo][0]
 

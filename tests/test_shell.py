@@ -86,6 +86,7 @@ def one_line(arguments, message):
 def test_what_can_be_foreseen_ends_in_one_message(tmp_path, data, monkeypatch):
     one_line(shell(tmp_path, str(tmp_path / "missing.jsonl")), "missing.jsonl")
     one_line([*shell(tmp_path, data), "--beta", "-1"], "beta must be greater than 0, got -1")
+    one_line(["sft", "--profile", "tiny", "--output", str(tmp_path), "--steps", "0"], "steps must be .*, found 0|got 0")
     one_line([*shell(tmp_path, data), "--loss", "dop"], "unknown loss 'dop': choose one of dpo, robust")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Why?", "chosen": "a"\n')
     one_line(shell(tmp_path, str(tmp_path / "broken.jsonl")), "broken.jsonl.*1")

@@ -131,7 +131,14 @@ def test_notebooks_open_alike_and_lead_on(path):
     reference = json.loads(NOTEBOOKS[0].read_text(encoding="utf-8"))
     assert first_code == next("".join(c["source"]) for c in reference["cells"] if c["cell_type"] == "code")
     prose = "\n".join("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "markdown")
-    for needed in ("**Question.**", "**Answer in a sentence.**", "you need", "## Exercises", "## What can go wrong", "## References"):
+    for needed in (
+        "**Question.**",
+        "**Answer in a sentence.**",
+        "you need",
+        "## Exercises",
+        "## What can go wrong",
+        "## References",
+    ):
         assert needed in prose, f"{needed} is missing"
     for target in re.findall(r"\]\((\d\d_\w+\.ipynb)\)", prose):
         assert (path.parent / target).exists(), f"links to {target}, which does not exist"

@@ -6,20 +6,12 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-
-def _attention(query, key, value, *_, out_shape=None, **__):
-    return sdpa_flop_count(query, key, value)
-
-
-def _attention_backward(grad, query, key, value, *_, out_shape=None, **__):
-    return sdpa_backward_flop_count(grad, query, key, value)
-
-
 # PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as free. As on a GPU,
 # masked scores count: a row of L tokens costs L x L, whatever it may see.
+aten = torch.ops.aten
 CPU_ATTENTION = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward: _attention_backward,
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
 }
 
 

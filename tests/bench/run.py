@@ -6,20 +6,22 @@ python -m bench.run [--shapes C A] [--lengths truthy hh] [--rounds 3]; CPU, floa
 import argparse
 import json
 import os
+import platform
 import statistics
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
 
-import matplotlib
+import matplotlib.pyplot as plt
 import torch
 from bench.shapes import MODELS, STEP, pair_lengths, save_model
 from bench.worker import VARIANTS
 
 from dpo_utils.plots import BLUE, GREY, ORANGE, save_figure
+from dpo_utils.profiles import repository_root
 
-BEST, DEFAULT, OURS, CHECKPOINTING = "TRL best", "TRL default", "ours", "ours, checkpointing"
+DEFAULT, BEST, FAIREST = "TRL default", "TRL best", "TRL best, pair by pair, same GELU"
+OURS, CHECKPOINTING = "ours", "ours, checkpointing"
 CACHED = [name for name in VARIANTS if "best" in name or "ours" in name]  # these score the reference once, beforehand
 
 
@@ -43,26 +45,21 @@ class Worker:
             self.log.seek(0)
             raise RuntimeError("a worker failed:\n" + self.log.read()[-3000:]) from None
 
-    def leave(self):
-        """No more turns."""
-        self.process.stdin.close()
-        self.process.wait()
 
-
-def measure(shape: str, lengths: str, rounds: int, variants) -> dict:
+def measure(shape: str, lengths: str, rounds: int) -> dict:
     """{variant: its costs}: the reference pass once, then two counted steps and `rounds` timed ones, in turn."""
     with tempfile.TemporaryDirectory() as folder:
         save_model(shape, folder)
-        workers = {name: Worker(folder, shape, lengths, name) for name in variants}
-        reference = {name: workers[name].turn("time") if name in CACHED else None for name in variants}
+        workers = {name: Worker(folder, shape, lengths, name) for name in VARIANTS}
+        reference = {name: workers[name].turn("time") if name in CACHED else None for name in VARIANTS}
         counted = {name: worker.turn("flops") | worker.turn("memory") for name, worker in workers.items()}
-        timed = {name: [] for name in variants}
+        timed = {name: [] for name in VARIANTS}
         for _ in range(rounds):
             for name, worker in workers.items():
                 timed[name].append(worker.turn("time"))
         for worker in workers.values():
-            worker.leave()
-    return {name: summary(counted[name], timed[name], reference[name], lengths) for name in variants}
+            worker.process.communicate()  # no more turns: it leaves
+    return {name: summary(counted[name], timed[name], reference[name], lengths) for name in VARIANTS}
 
 
 def summary(counted: dict, timed: list[dict], reference: dict | None, lengths: str) -> dict:
@@ -104,34 +101,28 @@ COLUMNS = {
 }  # fmt: skip
 
 
-def report(rows: dict, title: str, floor: float) -> str:
+def report(title: str, case: dict) -> str:
     """The table as text, with ours against TRL under it."""
-    lines = [title, f"{'':29s}" + "".join(f"{name:>10s}" for name in COLUMNS)]
+    rows, floor = case["rows"], case["floor_gflop"]
+    lines = [title, f"{'':34s}" + "".join(f"{name:>10s}" for name in COLUMNS)]
     for name, row in rows.items():
-        lines.append(f"{name:29s}" + "".join(f"{row[key]:10{form}}" for key, form in COLUMNS.values()))
-    for other in (BEST, DEFAULT):
-        if other in rows and OURS in rows:
-            lines.append(f"ours / {other}: " + ", ".join(f"{k} {v:.2f}" for k, v in ratios(rows, other).items()))
-    if OURS in rows:
-        lines.append(f"floor {floor:.0f} GFLOP: ours does {rows[OURS]['gflop'] / floor:.2f} times that")
-    return "\n".join(lines)
+        lines.append(f"{name:34s}" + "".join(f"{row[key]:10{form}}" for key, form in COLUMNS.values()))
+    for other, ratios in case["ours_over"].items():
+        lines.append(f"ours / {other}: " + ", ".join(f"{name} {value:.2f}" for name, value in ratios.items()))
+    return "\n".join([*lines, f"floor {floor:.0f} GFLOP: ours does {rows[OURS]['gflop'] / floor:.2f} times that", ""])
 
 
 def ratios(rows: dict, other: str) -> dict:
     """Ours over another: more is better for pairs, less for the rest."""
-    names = ("pairs_per_cpu_s", "pairs_per_wall_s", "pairs_per_cpu_s_1_epochs", "pairs_per_cpu_s_3_epochs", "gflop", "peak_mb")
-    out = {name: rows[OURS][name] / rows[other][name] for name in names}
-    if CHECKPOINTING in rows:
-        out["peak_mb, checkpointing"] = rows[CHECKPOINTING]["peak_mb"] / rows[other]["peak_mb"]
-    return out
+    names = {name: key for name, (key, _) in COLUMNS.items() if name not in ("tokens/s", "loss")}
+    out = {name: rows[OURS][key] / rows[other][key] for name, key in names.items()}
+    return out | {"peak with checkpointing": rows[CHECKPOINTING]["peak_mb"] / rows[other]["peak_mb"]}
 
 
 def figure(cases: dict):
     """Pairs a second, one panel a case, one bar a variant."""
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    drawn, panels = plt.subplots(1, len(cases), figsize=(3.1 * len(cases) + 1.6, 3.2), layout="constrained", sharey=True, squeeze=False)
+    shape = {"figsize": (3.1 * len(cases) + 1.6, 3.2), "layout": "constrained"}
+    drawn, panels = plt.subplots(1, len(cases), sharey=True, squeeze=False, **shape)
     for ax, (title, case) in zip(panels[0], cases.items(), strict=True):
         rows = case["rows"]
         colours = [BLUE if "ours" in name else ORANGE if "TRL" in name else GREY for name in rows]
@@ -150,26 +141,19 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["C", "A"], choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", default=list(STEP), choices=list(STEP))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps a variant")
-    parser.add_argument("--variants", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
-    parser.add_argument("--name", default="bench_cpu", help="name of the figure and its JSON")
+    parser.add_argument("--add", action="store_true", help="keep the other cases that are in the JSON already")
     args = parser.parse_args()
-    cases = {}
+    known = repository_root() / "figures" / "bench_cpu.json"
+    cases = json.loads(known.read_text())["cases"] if args.add and known.exists() else {}
     for shape in args.shapes:
         for lengths in args.lengths:
             title = f"model {shape}, {lengths}-like, {STEP[lengths]['pairs']} pairs a step"
-            rows, floor = measure(shape, lengths, args.rounds, args.variants), floor_gflop(shape, lengths)
-            print(report(rows, title, floor), end="\n\n", flush=True)
-            against = {other: ratios(rows, other) for other in (BEST, DEFAULT) if other in rows and OURS in rows}
-            cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor}
-    settings = {"dtype": "float32", "threads": 1, "rounds": args.rounds, "torch": torch.__version__, "cpu": processor()}
-    print("written:", save_figure(figure(cases), args.name, {**settings, "cases": cases}))
-
-
-def processor() -> str:
-    """The CPU's name, where Linux tells it."""
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), "unknown")
+            rows = measure(shape, lengths, args.rounds)
+            against = {other: ratios(rows, other) for other in (DEFAULT, BEST, FAIREST)}
+            cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor_gflop(shape, lengths)}
+            print(report(title, cases[title]), flush=True)
+    settings = {"dtype": "float32", "threads": 1, "torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
+    print("written:", save_figure(figure(cases), "bench_cpu", {**settings, "cases": cases}))
 
 
 if __name__ == "__main__":

@@ -7,6 +7,8 @@ import json
 import os
 import sys
 import tempfile
+from functools import partial
+from unittest import mock
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +17,7 @@ from bench.shapes import STEP, profile_for, text_pairs
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from dpo_utils import logps, train
+from dpo_utils import fit, logps, train
 from dpo_utils.models import as_reference, fuse_gelu, load_policy, lora_config, trainable
 from dpo_utils.tokens import as_item, pack_rows, tokenize_all
 
@@ -32,10 +34,10 @@ class Turns:
             os._exit(0)
         self.meter = Meter(turn).__enter__()
 
-    def end(self, kind: str, loss=None):
-        """kind: reference or step."""
+    def end(self, loss=None):
+        """Reply with what the turn cost."""
         self.meter.__exit__(None, None, None)
-        print(json.dumps({"kind": kind, "loss": loss, **self.meter.result}), file=REPLIES, flush=True)
+        print(json.dumps({"loss": loss, **self.meter.result}), file=REPLIES, flush=True)
 
     def around(self, function):
         """The function, measured as the pass over the reference."""
@@ -43,7 +45,7 @@ class Turns:
         def measured(*args, **kwargs):
             self.begin()
             out = function(*args, **kwargs)
-            self.end("reference")
+            self.end()
             return out
 
         return measured
@@ -62,19 +64,19 @@ def ours(turns, profile, pairs, _):
     """`train_dpo` as readers call it."""
     model, tokenizer = load_policy(profile)
     move_adapter(model)
-    # policy and reference start apart here, so that losses can be compared: the check that refuses it makes way
-    train._preflight = lambda *_: turns.begin()
-    train.reference_logps = turns.around(train.reference_logps)
+    # policy and reference start apart here, so that losses can be compared: the check that refuses this makes way
+    mock.patch.object(fit, "before_first_step", lambda *_: turns.begin()).start()
+    mock.patch.object(train, "reference_logps", turns.around(train.reference_logps)).start()
 
     def after_step(history):
-        turns.end("step", history[-1]["loss"])
+        turns.end(history[-1]["loss"])
         turns.begin()
 
     train.train_dpo(model, tokenizer, pairs, profile, on_step=after_step)
 
 
 def trl(turns, profile, pairs, micro, best=False, same=False):
-    """TRL's DPOTrainer, whole. best: cached reference, no checkpointing, head on completions. same: sorted, fused GELU."""
+    """TRL's DPOTrainer, whole. best: cached reference, no checkpointing, head on completions. same: sorted, tanh GELU."""
     import trl.trainer.utils
     from datasets import Dataset
     from transformers import TrainerCallback
@@ -86,13 +88,16 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
 
         def on_log(self, *_, logs, **__):
             if "loss" in logs:
-                turns.end("step", logs["loss"])
+                turns.end(logs["loss"])
                 turns.begin()
 
     if best:
-        trl.trainer.utils._use_triton = lambda device: True  # off GPUs TRL would score every position
-        DPOTrainer._precompute_ref_logps = turns.around(DPOTrainer._precompute_ref_logps)
+        # off GPUs TRL would score every position
+        mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True).start()
+        mock.patch.object(DPOTrainer, "_precompute_ref_logps", turns.around(DPOTrainer._precompute_ref_logps)).start()
+    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
     if same:
+        fuse_gelu(model)
         pairs = sorted(pairs, key=lambda p: max(len(p["prompt"] + p[side]) for side in ("chosen", "rejected")))
     args = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, max_steps=profile.steps, max_length=None,
@@ -102,24 +107,17 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
         **({"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}),
     )  # fmt: skip
     trainer = DPOTrainer(
-        base(profile, fused=same), args=args, train_dataset=Dataset.from_list(pairs), peft_config=lora_config(profile),
+        model, args=args, train_dataset=Dataset.from_list(pairs), peft_config=lora_config(profile),
         processing_class=AutoTokenizer.from_pretrained(profile.model), callbacks=[Alternate()],
     )  # fmt: skip
     move_adapter(trainer.model)
     trainer.train()
 
 
-def base(profile, fused=False):
-    """The saved model as the peers load it, with its own `gelu_new` unless `fused`."""
-    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
-    if fused:
-        fuse_gelu(model)
-    return model
-
-
 def loop(turns, profile, pairs, micro, score):
-    """The textbook loop: micro-batches in the data's order, policy and reference scored in every step."""
-    model = get_peft_model(base(profile), lora_config(profile)).train()
+    """The textbook loop on the model as it comes: policy and reference scored in every step, in the data's order."""
+    base = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
+    model = get_peft_model(base, lora_config(profile)).train()
     move_adapter(model)
     rows, _ = tokenize_all(pairs, AutoTokenizer.from_pretrained(profile.model), profile.max_length)
     items = [as_item(row) for row in rows]
@@ -139,12 +137,7 @@ def loop(turns, profile, pairs, micro, score):
         torch.nn.utils.clip_grad_norm_(trainable(model), profile.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
-        turns.end("step", total)
-
-
-def plain_score(model, items):
-    """Two padded rows a pair, all logits."""
-    return logps.plain_logps(model, items, pad_id=0)
+        turns.end(total)
 
 
 def prefix_score(model, items):
@@ -156,10 +149,11 @@ def prefix_score(model, items):
 
 
 VARIANTS = {
-    "plain loop": lambda *a: loop(*a, plain_score),
+    "plain loop": lambda *a: loop(*a, partial(logps.plain_logps, pad_id=0)),
     "TRL default": trl,
     "TRL best": lambda *a: trl(*a, best=True),
     "TRL best, sorted, same GELU": lambda *a: trl(*a, best=True, same=True),
+    "TRL best, pair by pair, same GELU": lambda *a: trl(*a[:3], 1, best=True, same=True),
     "prefix rows, all logits": lambda *a: loop(*a, prefix_score),
     "ours": ours,
     "ours, checkpointing": ours,

@@ -1,0 +1,57 @@
+"""A cell that is run too early says which cell to run first."""
+
+import json
+
+import pytest
+from IPython.core.interactiveshell import InteractiveShell
+
+from dpo_utils.notebook import cell_that_makes, explain_missing_names, names_made
+
+CELLS = ["import math as m", "def f(x):\n    return x", "total, *rest = f([1, 2])", "print(total + m.pi)", "print(nowhere)"]
+
+
+@pytest.fixture
+def folder(tmp_path, monkeypatch):
+    """A folder with one notebook, which is where its kernel runs."""
+    cells = [{"cell_type": "markdown", "source": "# Title"}, *({"cell_type": "code", "source": c} for c in CELLS)]
+    (tmp_path / "07_sums.ipynb").write_text(json.dumps({"cells": cells}))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize(
+    "source, made",
+    [
+        ("a = b = 1\nfor i, (j, k) in []: pass", {"a", "b", "i", "j", "k"}),
+        ("import os.path, numpy as np\nfrom x import y as z, w", {"os", "np", "z", "w"}),
+        ("class C: pass\nwith open(p) as f: print(q)", {"C", "f"}),
+        ("%matplotlib inline", set()),
+    ],
+)
+def test_names_that_a_cell_makes(source, made):
+    assert names_made(source) == made
+
+
+def test_the_cell_is_found(folder):
+    assert cell_that_makes("total", CELLS[3], folder) == "code cell 3 of 07_sums.ipynb"
+    assert cell_that_makes("m", CELLS[3] + "\n", folder) == "code cell 1 of 07_sums.ipynb"
+    assert cell_that_makes("nowhere", CELLS[4], folder) is None
+    assert cell_that_makes("total", "print(1)", folder) is None
+
+
+def test_a_cell_run_too_early_names_the_one_to_run_first(folder, capsys):
+    shell = InteractiveShell()
+    explain_missing_names(shell)
+    for cell, where in ((CELLS[3], "run code cell 3 of 07_sums.ipynb first"), (CELLS[4], "run the cells above this one first")):
+        result = shell.run_cell(cell, store_history=True)
+        out = capsys.readouterr().out
+        assert isinstance(result.error_in_exec, NameError)
+        assert where in out and "Traceback" not in out and len(out.strip().splitlines()) == 1
+    for cell in CELLS[:4]:
+        assert shell.run_cell(cell).success
+    shell.run_cell("1 / 0", store_history=True)
+    assert "Traceback" in capsys.readouterr().out  # other errors stay as they are
+
+
+def test_nothing_happens_outside_ipython():
+    explain_missing_names()

@@ -1,0 +1,127 @@
+"""The fast step does less than the plain one: fewer operations, fewer bytes, by ratios that do not depend on the machine.
+
+On the truthy-like lengths of the benchmark (tests/bench), with a small body under a head of ordinary proportions.
+"""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from bench.meter import Meter
+from bench.shapes import pair_lengths
+from bench.worker import move_adapter
+from peft import LoraConfig, get_peft_model
+from transformers import PhiConfig, PhiForCausalLM
+
+from dpo_utils.logps import completion_logps
+from dpo_utils.models import fuse_gelu, trainable
+from dpo_utils.profiles import PHI_TARGETS
+from dpo_utils.tokens import item_length, plan_rows
+
+SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2560}
+FLOPS, BYTES = 0.64, 0.39  # of the plain form's; measured 0.622 and 0.373
+
+
+def phi(fused=True):
+    """A random Phi with a moved adapter."""
+    torch.manual_seed(0)
+    model = PhiForCausalLM(PhiConfig(**SHAPE, resid_pdrop=0.0, hidden_act="gelu_new", pad_token_id=0)).requires_grad_(False)
+    if fused:
+        fuse_gelu(model)
+    model = get_peft_model(model, LoraConfig(r=16, lora_alpha=32, target_modules=list(PHI_TARGETS), task_type="CAUSAL_LM"))
+    move_adapter(model)
+    return model
+
+
+def items(count=8):
+    """Items of the benchmark's lengths with random ids."""
+    generator = torch.Generator().manual_seed(0)
+
+    def ids(n):
+        return torch.randint(3, SHAPE["vocab_size"], (n,), generator=generator).tolist()
+
+    return [(ids(p), [ids(c), ids(r)]) for p, c, r in pair_lengths("truthy", count)]
+
+
+def cost(model, what, plain, micro_tokens=512, pairs=None):
+    """Forward and backward of one step under the meter: (what it cost, its loss)."""
+    pairs, total = pairs or items(), 0.0
+    with Meter(what) as meter:
+        for _, logps in completion_logps(model, pairs, pad_id=0, micro_tokens=micro_tokens, row_tokens=384, plain=plain):
+            loss = -F.logsigmoid(0.1 * (logps[:, 0] - logps[:, 1])).sum() / len(pairs)
+            loss.backward()
+            total += loss.item()
+    for parameter in trainable(model):
+        parameter.grad = None
+    return meter.result, total
+
+
+@pytest.fixture(scope="module")
+def costs():
+    """{(form, what): result} of the plain form and the fast one, after one unmeasured step each."""
+    models, out = {"plain": phi(fused=False), "fast": phi()}, {}
+    for form, model in models.items():
+        for what in ("time", "flops", "memory"):
+            out[form, what], out[form, "loss"] = cost(model, what, plain=form == "plain")
+    return out
+
+
+def within(fast: float, plain: float, share: float) -> bool:
+    """What every ratio below asks."""
+    return fast <= share * plain
+
+
+def test_the_same_loss(costs):
+    assert costs["fast", "loss"] == pytest.approx(costs["plain", "loss"], rel=1e-5)
+
+
+def test_fewer_operations(costs):
+    assert within(costs["fast", "flops"]["flops"], costs["plain", "flops"]["flops"], FLOPS)
+
+
+def test_fewer_bytes(costs):
+    assert within(costs["fast", "memory"]["peak_bytes"], costs["plain", "memory"]["peak_bytes"], BYTES)
+
+
+def test_a_slow_path_in_disguise_fails_both(costs):
+    model = phi()
+    assert not within(cost(model, "flops", plain=True)[0]["flops"], costs["plain", "flops"]["flops"], FLOPS)
+    assert not within(cost(model, "memory", plain=True)[0]["peak_bytes"], costs["plain", "memory"]["peak_bytes"], BYTES)
+
+
+def test_memory_follows_the_micro_batch_and_operations_hardly(costs):
+    model = phi()
+    wide, _ = cost(model, "memory", plain=False, micro_tokens=2048)
+    assert costs["fast", "memory"]["peak_bytes"] < 0.5 * wide["peak_bytes"]
+    more, _ = cost(model, "flops", plain=False, micro_tokens=2048)
+    assert costs["fast", "flops"]["flops"] <= more["flops"] < 1.35 * costs["fast", "flops"]["flops"]
+
+
+def test_rows_are_hardly_padded():
+    pairs = items(64)
+    batches = [[sum(item_length(pairs[i]) for i in row) for row in batch] for batch in plan_rows(pairs, 384, 1024)]
+    assert sum(len(lengths) * max(lengths) for lengths in batches) <= 1.05 * sum(map(item_length, pairs))
+
+
+def test_checkpointing_trades_a_third_more_operations_for_memory(costs):
+    model = phi()
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.train()
+    assert cost(model, "memory", plain=False)[0]["peak_bytes"] < 0.6 * costs["fast", "memory"]["peak_bytes"]
+    ratio = cost(model, "flops", plain=False)[0]["flops"] / costs["fast", "flops"]["flops"]
+    assert 1.3 < ratio < 1.6
+
+
+def test_the_meter_counts_what_can_be_worked_by_hand():
+    a, b = torch.randn(10, 20), torch.randn(20, 30)
+    with Meter("flops") as meter:
+        a @ b
+    assert meter.result["flops"] == 2 * 10 * 20 * 30
+    query = torch.randn(1, 2, 7, 4, requires_grad=True)  # 2 heads, 7 tokens, 4 wide
+    with Meter("flops") as meter:
+        F.scaled_dot_product_attention(query, query, query)
+    assert meter.result["attention_flops"] == 2 * (2 * 2 * 7 * 7 * 4)  # scores, then values
+    with Meter("memory") as meter:
+        kept = torch.empty(1000)
+        torch.empty(3000).zero_()  # released at once
+    assert meter.result["peak_bytes"] == 4 * (len(kept) + 3000)
