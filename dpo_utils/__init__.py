@@ -17,12 +17,14 @@ def setup(profile: str | None = None):
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     warnings.filterwarnings("ignore", category=FutureWarning)
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel that is absent
+    import datasets
     import matplotlib_inline.backend_inline
     import torch
     import transformers
 
     from dpo_utils.profiles import describe, load_profile, make_plan
 
+    datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     matplotlib_inline.backend_inline.set_matplotlib_formats("png")

@@ -1,6 +1,6 @@
 """Makes the bundled base model: a small Phi trained from nothing on what the tiny world says.
 
-python -m dpo_utils.make_tiny [--output dpo_utils/assets/tiny] [--steps 700] [--seed 0]
+python -m dpo_utils.make_tiny [--output dpo_utils/assets/tiny] [--steps 1200] [--seed 0]
 
 The base model reads statements in both voices and nothing else: no questions, no chat markers, no preferences.
 """
@@ -27,7 +27,7 @@ CHAT_TEMPLATE = (
 )
 WIDTH, LAYERS, HEADS, VOCABULARY, ROW = 128, 4, 4, 1536, 128
 BATCH, PEAK_RATE, CORPUS = 32, 3e-3, 50_000  # rows a step, learning rate at its highest, statements in the corpus
-STEPS = 700  # of the shipped model
+STEPS = 1200  # of the shipped model
 DEFAULT_OUTPUT = Path(__file__).parent / "assets" / "tiny"
 
 

@@ -19,6 +19,8 @@ from PIL import Image
 
 from dpo_utils.profiles import load_profile, repository_root, run_directory
 
+WIDGET = "application/vnd.jupyter.widget-view+json"
+
 
 def environment(profile: str) -> dict[str, str]:
     """What the kernels run under: the profile, no network for tiny, no progress bars in committed outputs."""
@@ -49,10 +51,8 @@ def tidy(notebook) -> None:
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if not (o.output_type == "stream" and o.name == "stderr")]
+            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr" and WIDGET not in o.get("data", {})]
             for output in cell.outputs:
-                if "data" in output:
-                    output.data.pop("application/vnd.jupyter.widget-view+json", None)
                 if "image/png" in output.get("data", {}):
                     output.data["image/png"] = small_png(output.data["image/png"])
 

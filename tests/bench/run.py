@@ -81,16 +81,18 @@ def summary(counted: dict, timed: list[dict], reference: dict | None, lengths: s
 def floor_gflop(shape: str, lengths: str) -> float:
     """What a step needs at least: every distinct token once, scores only where a token looks, the head where it is scored.
 
-    Forward, and backward to the activations alone (the weights are frozen; LoRA's own share is left out).
+    Forward, and backward to the activations alone: the weights are frozen, nothing is needed before the first layer's
+    adapters, and what LoRA itself adds is left out.
     """
     model = MODELS[shape]
-    width, layers = model["hidden_size"], model["num_hidden_layers"]
-    linear = 2 * layers * (4 * width**2 + 2 * width * model["intermediate_size"])  # a token, forward
+    width, inner, layers = model["hidden_size"], model["intermediate_size"], model["num_hidden_layers"]
+    linear = 2 * layers * (4 * width**2 + 2 * width * inner)  # a token, forward
+    first = 2 * (3 * width**2 + width * inner)  # q, k, v and fc1 of the first layer: no gradient to their input
     total = 0
     for p, c, r in pair_lengths(lengths, STEP[lengths]["pairs"]):
         seen = p * (p + 1) / 2 + sum(n * p + n * (n + 1) / 2 for n in (c, r))
         head = 2 * width * model["vocab_size"] * (c + r)
-        total += 2 * linear * (p + c + r) + (1 + 2.5) * 4 * width * layers * seen + 2 * head
+        total += (2 * linear - first) * (p + c + r) + (1 + 2.5) * 4 * width * layers * seen + 2 * head
     return total / 1e9
 
 
