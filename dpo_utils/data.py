@@ -71,6 +71,7 @@ def texts(value: object, column: str) -> list:
 
 
 def check_text(text: object, column: str) -> None:
+    """A text with something in it, or BadRow."""
     if is_missing(text):
         raise BadRow("missing value", column, show(text))
     if not isinstance(text, str):
@@ -84,6 +85,7 @@ def check_text(text: object, column: str) -> None:
 
 
 def check_roles(turns: list[dict], column: str) -> None:
+    """Known roles in an order that a conversation can have, or BadRow."""
     roles = [turn["role"] for turn in turns]
     known = all(role in ("system", "user", "assistant") for role in roles)
     if not known or (roles[-1] == "assistant" if column == "prompt" else roles != ["assistant"]):
@@ -102,6 +104,7 @@ class Kind:
 
 
 def tiny_world(name: str) -> Callable:
+    """A reader of one of the tiny world's lists: split -> rows."""
     def read(split: str) -> list[dict]:
         from dpo_utils import world  # only the tiny profile needs it
 
@@ -158,6 +161,7 @@ def parse(rows: list[Row], kind: Kind, columns: dict | None, source: str) -> lis
 
 
 def pairs_of(row: Row, adapt: Callable, columns: dict) -> list[dict]:
+    """The checked pairs of one row; raises BadRow."""
     if row.problem:
         raise row.problem
     if not isinstance(row.values, dict):
@@ -183,6 +187,7 @@ def one_form(outcomes: list[Outcome]) -> list[Outcome]:
 
 
 def choose_adapter(names: set[str], kind: Kind, columns: dict, source: str) -> Callable:
+    """The adapter whose columns are there; raises PreferenceDataError that names the nearest ones."""
     for wanted in columns.values():
         if wanted not in names:
             near = nearest(wanted, names)
@@ -228,6 +233,7 @@ def load_demonstrations(source, *, split: str = "train", columns: dict | None = 
 
 
 def load(kind: Kind, source, split, columns, on_error, keep, quarantine, revision) -> Dataset:
+    """What load_preferences and load_demonstrations share."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
     name, rows = read_rows(source, split, revision, kind.bundled)

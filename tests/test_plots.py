@@ -47,7 +47,9 @@ def test_interval_bars_put_the_whiskers_where_the_interval_is():
 
 def test_save_figure_writes_picture_and_numbers(tmp_path, monkeypatch):
     monkeypatch.setenv("DPO_FIGURES", str(tmp_path))
-    path = plots.save_figure(plots.margin_histogram(np.arange(5.0)), "x", {"m": np.float32(1 / 3), "n": [np.int64(2), float("nan")]})
+    path = plots.save_figure(
+        plots.margin_histogram(np.arange(5.0)), "x", {"m": np.float32(1 / 3), "n": [np.int64(2), float("nan")]}
+    )
     assert path.read_bytes().startswith(b"\x89PNG")
     assert json.loads((tmp_path / "x.json").read_text()) == {"m": 0.333333, "n": [2, None]}
 

@@ -18,7 +18,7 @@ LINE = ["profiles", "data", "tokens", "models", "logps", "losses", "train", "eva
 # What stands beside the line, and the place in it after which it may be imported from.
 BESIDE = {
     "world": 0, "rows": 0, "schemas": 0, "checkpoints": 0, "museum": 5, "audit": 3, "tabular": 5, "keys": 5, "preflight": 5,
-    "step": 5, "fit": 5, "checks": 5, "make_tiny": 8, "widgets": 8, "workbook": 8, "report": 8, "judges": 7, "frontier": 8,
+    "step": 5, "fit": 5, "checks": 5, "make_tiny": 8, "widgets": 8, "notebook": 0, "workbook": 8, "report": 8,
 }  # fmt: skip
 
 

@@ -77,7 +77,9 @@ def test_the_corpus_never_holds_a_question():
 
 def test_same_seed_same_world_in_any_process():
     code = "from dpo_utils import world; print(world.preferences(n=20, seed=5), world.corpus(5, 1))"
-    runs = {subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True).stdout for s in "12"}
+    runs = {
+        subprocess.run([sys.executable, "-c", code], env={"PYTHONHASHSEED": s}, capture_output=True, text=True).stdout for s in "12"
+    }
     assert len(runs) == 1 and len(runs.pop()) > 100
 
 
