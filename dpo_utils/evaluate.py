@@ -9,7 +9,7 @@ from dpo_utils import world
 from dpo_utils.data import plain_text
 from dpo_utils.logps import all_logps
 from dpo_utils.models import as_reference
-from dpo_utils.tokens import as_item, encode_prompt, tokenize_all
+from dpo_utils.tokens import as_item, encode_completion, encode_prompt, tokenize_all
 from dpo_utils.train import options_for
 
 
@@ -87,6 +87,14 @@ def surface_baselines(train, held_out, seed: int = 0) -> dict[str, np.ndarray]:
 @torch.no_grad()
 def sample(model, tokenizer, prompts, *, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256) -> list[list[str]]:
     """n answers to every prompt, drawn at a temperature (0: greedy), as a list of n texts a prompt. Seeded."""
+    drawn = sample_ids(model, tokenizer, prompts, n, temperature, max_new_tokens, seed, batch)
+    texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for _, answer in drawn]
+    return [texts[i : i + n] for i in range(0, len(texts), n)]
+
+
+@torch.no_grad()
+def sample_ids(model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256) -> list[tuple]:
+    """The same answers as (prompt ids, answer ids), n a prompt in a row; the final EOS is part of the answer."""
     was_training = model.training
     model.eval()
     torch.manual_seed(seed)
@@ -95,20 +103,21 @@ def sample(model, tokenizer, prompts, *, n=1, temperature=1.0, max_new_tokens=48
     for start in range(0, len(ids), batch):
         answers += _generate(model, tokenizer, ids[start : start + batch], temperature, max_new_tokens)
     model.train(was_training)
-    return [answers[i : i + n] for i in range(0, len(answers), n)]
+    return list(zip(ids, answers, strict=True))
 
 
-def _generate(model, tokenizer, prompts, temperature, max_new_tokens) -> list[str]:
-    longest = max(map(len, prompts))
+def _generate(model, tokenizer, prompts, temperature, max_new_tokens) -> list[list[int]]:
+    longest, eos = max(map(len, prompts)), tokenizer.eos_token_id
     pad = tokenizer.pad_token_id
     ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
     seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
     how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
     out = model.generate(
-        input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad,
-        eos_token_id=tokenizer.eos_token_id, use_cache=True, **how,
+        input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos,
+        use_cache=True, **how,
     )  # fmt: skip
-    return [tokenizer.decode(row[longest:], skip_special_tokens=True).strip() for row in out]
+    answers = [row[longest:].tolist() for row in out]
+    return [row[: row.index(eos) + 1] if eos in row else row for row in answers]
 
 
 def world_scores(model, tokenizer, profile, *, questions=None, n=4, seeds=(0, 1, 2), temperature=1.0) -> dict[str, np.ndarray]:
@@ -126,6 +135,19 @@ def world_scores(model, tokenizer, profile, *, questions=None, n=4, seeds=(0, 1,
     out = {name: np.array([[float(getattr(r, name)) for r in row] for row in readings]) for name in ("true", "fluent")}
     out["careful"] = np.array([[float(r.voice == world.CAREFUL) for r in row] for row in readings])
     return out | {"texts": np.array(texts, dtype=object)}
+
+
+def true_probability(model, tokenizer, profile, questions=None) -> np.ndarray:
+    """(questions,): the probability that an answer drawn at temperature 1 is fluent and true, without drawing any.
+
+    The true sentences of a question can be listed (voices, openers, tails), so their probabilities are added up. Other
+    ways to cut the same text into tokens are left out, which makes it a lower bound, tight in practice.
+    """
+    questions = questions or [fact.question for fact in world.facts("test")]
+    items = [
+        (encode_prompt(q, tokenizer), [encode_completion(text, tokenizer) for text in world.true_answers(q)]) for q in questions
+    ]
+    return all_logps(model, items, **options_for(profile, tokenizer)).double().exp().sum(1).numpy()
 
 
 def shuffled(pairs, seed: int = 0) -> list[dict]:

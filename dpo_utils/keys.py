@@ -48,7 +48,7 @@ def reference_key(model, tokenizer, items, profile) -> dict:
 
 def run_key(model, tokenizer, task, profile, **more) -> dict:
     """Everything the numbers of a run of `task` (`step.Task`) depend on, as JSON would give it back."""
-    names = SETTINGS + (DPO_SETTINGS if task.stage == "dpo" else [])
+    names = SETTINGS + ([] if task.stage == "sft" else DPO_SETTINGS)
     key = {
         **{name: getattr(profile, name) for name in names},
         **reference_key(model, tokenizer, task.items, profile),

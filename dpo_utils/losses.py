@@ -211,6 +211,35 @@ def cpo_loss(policy_chosen_logps, policy_rejected_logps, chosen_lengths, beta=0.
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 
 
+def dpo_sft_loss(
+    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, chosen_lengths, beta=0.1,
+    nll_weight=1.0,
+):  # fmt: skip
+    """DPO plus SFT on chosen, -log s(z) + nll_weight (-c / length): holds the chosen log-prob c up.
+
+    chosen_lengths (B,) counts the chosen completion's tokens. Source: Pang et al. 2024 (arXiv 2404.19733), eq. 1, in
+    whose words nll_weight is alpha. Domain: beta > 0. Gradient: -beta s(-z) - nll_weight / length for chosen,
+    +beta s(-z) for rejected.
+    """
+    chosen, rejected = _log_ratios(
+        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
+    )
+    losses = -logsigmoid(beta * (chosen - rejected)) - nll_weight * _wide(policy_chosen_logps)[0] / chosen_lengths
+    return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
+
+
+def unlikelihood_loss(policy_chosen_logps, policy_rejected_logps, beta=1.0):
+    """-c + beta r: up on chosen, down on rejected, always equally hard. A baseline of the DPO paper; no reference.
+
+    It is DPO's gradient without its weight, and has no lower bound: what is already unlikely is pushed down for ever.
+    Source: Welleck et al. 2019, as used on sequences by Rafailov et al. 2023, section 6. Domain: beta > 0.
+    Gradients: -1 for chosen, +beta for rejected.
+    """
+    _check_beta(beta)
+    chosen, rejected = _wide(policy_chosen_logps, policy_rejected_logps)
+    return _outputs(beta * rejected - chosen, chosen, beta * rejected, policy_chosen_logps)
+
+
 def reference_free_loss(policy_chosen_logps, policy_rejected_logps, beta=0.1):
     """-log s(beta (c - r)): the form without a reference that some introductions print as DPO. It is not DPO.
 
@@ -233,11 +262,14 @@ LOSSES = {
     "simpo": simpo_loss,
     "orpo": orpo_loss,
     "cpo": cpo_loss,
+    "dpo_sft": dpo_sft_loss,
+    "unlikelihood": unlikelihood_loss,
     "reference_free": reference_free_loss,
 }
-REFERENCE_FREE = {"simpo", "orpo", "cpo", "reference_free"}
+REFERENCE_FREE = {"simpo", "orpo", "cpo", "unlikelihood", "reference_free"}
 PER_TOKEN = {"ipo", "simpo", "orpo"}  # compare averages over the completion's tokens, not sums
 SMOOTHED = {"dpo", "robust"}  # take label_smoothing
+WITH_SFT = {"cpo", "dpo_sft"}  # add SFT on chosen, averaged over its tokens
 
 
 def needs_reference(name):
@@ -262,7 +294,7 @@ def preference_loss(
     """Any loss of LOSSES from the same summed log-probs (B,) and completion lengths (B,); averages are taken here.
 
     ref_chosen and ref_rejected may be None where `needs_reference(name)` is False. options go to the loss: gamma
-    (simpo), nll_weight (cpo), kl, desirable_weight, undesirable_weight (kto). Gives (losses, chosen_rewards,
+    (simpo), nll_weight (cpo, dpo_sft), kl, desirable_weight, undesirable_weight (kto). Gives (losses, chosen_rewards,
     rejected_rewards), each (B,); the rewards are in the loss's own terms (per token for ipo, simpo, orpo).
     """
     logps = [policy_chosen, policy_rejected]
@@ -273,7 +305,7 @@ def preference_loss(
     if name in PER_TOKEN:
         lengths = [chosen_lengths, rejected_lengths, chosen_lengths, rejected_lengths]
         logps = [x / n for x, n in zip(_wide(*logps), lengths, strict=False)]
-    if name == "cpo":
+    if name in WITH_SFT:
         options["chosen_lengths"] = chosen_lengths
     if name in SMOOTHED:
         options["label_smoothing"] = label_smoothing

@@ -19,7 +19,7 @@ from dpo_utils.profiles import Profile
 class Task:
     """What is trained: items, the loss of each, and how much each counts in a step."""
 
-    stage: str  # sft or dpo
+    stage: str  # sft, dpo or kto
     items: list  # (prompt_ids, completions), all with the same number of completions
     rows: list[int]  # 1-based row of each item in the data, for messages
     objective: object  # (log-probs (n, completions), item numbers) -> (losses (n,), {metric: (n,)})

@@ -16,7 +16,7 @@ from dpo_utils.data import load_demonstrations, load_preferences, split_by_promp
 from dpo_utils.fit import engine, fit, options_for, read_history
 from dpo_utils.keys import reference_key
 from dpo_utils.logps import all_logps
-from dpo_utils.losses import needs_reference, preference_loss
+from dpo_utils.losses import kto_loss, needs_reference, preference_loss
 from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import Profile, describe, load_profile, make_plan
 from dpo_utils.step import Task, learning_rate_at, step_items
@@ -24,7 +24,7 @@ from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration, toke
 
 __all__ = [
     "learning_rate_at", "main", "options_for", "read_history", "reference_logps", "step_items", "train_dpo",
-    "train_sft", "training_data",
+    "train_sft", "train_unpaired", "training_data",
 ]  # fmt: skip
 
 ROUNDING = 1e-6  # relative; equal log-probs differ by this much when their rows are batched otherwise
@@ -94,6 +94,34 @@ def preference_objective(items, reference, profile: Profile, loss_options=None):
         }
 
     return objective
+
+
+def train_unpaired(model, tokenizer, rows, profile: Profile, output=None, *, loss_options=None, **options) -> list[dict]:
+    """Train the adapter in place by KTO on single answers (columns prompt, completion, label); returns the history.
+
+    label: true for a thumb up. `profile.batch` answers a step, in TRL's unpaired format. loss_options:
+    desirable_weight and undesirable_weight for unequal numbers of thumbs (Ethayarajh et al. 2024 keep the ratio of
+    weight times number between 1 and 4/3), and kl, here a constant, 0 by default. History rows: loss, rewards/chosen and
+    rewards/rejected (means over thumbs up and down, in expectation), logps, grad_norm, learning_rate.
+    """
+    numbers, items = _items(model, rows, tokenizer, profile, tokenize_demonstration)
+    wanted = torch.tensor([bool(rows[number - 1]["label"]) for number in numbers])
+    reference = reference_logps(model, tokenizer, items, profile, output, options.get("fresh", False))
+
+    def objective(logps, chosen):
+        label = wanted[chosen].to(logps.device)
+        losses, rewards = kto_loss(
+            logps[:, 0], reference[chosen].to(logps)[:, 0], label, beta=profile.beta, **(loss_options or {})
+        )
+        return losses, {
+            "rewards/chosen": rewards * label / wanted.float().mean(),
+            "rewards/rejected": rewards * ~label / (1 - wanted.float().mean()).clamp(min=1e-9),
+            "logps": logps[:, 0].detach(),
+        }
+
+    task = Task("kto", items, numbers, objective, lambda _: 1, reference, profile.steps, profile.batch, profile.learning_rate)
+    thumbs = "".join("+" if up else "-" for up in wanted)  # part of what the run is known by
+    return fit(model, tokenizer, task, profile, output, loss_options={**(loss_options or {}), "thumbs": thumbs}, **options)
 
 
 def _items(model, data, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:

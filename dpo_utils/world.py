@@ -202,6 +202,13 @@ def reward(question: str, text: str) -> float:
     return float(read(question, text).true)
 
 
+def true_answers(question: str) -> list[str]:
+    """Every fluent true answer to a question of this world, each once."""
+    fact = _BY_QUESTION[question]
+    claim = _STATEMENT[fact.relation].format(e=fact.entity, v=fact.truth)
+    return [f"{o} {claim}.{t}" for openers in OPENERS.values() for o in openers for t in dict.fromkeys(TAILS)]
+
+
 def corpus(n: int, seed: int) -> list[str]:
     """What the base model reads: n texts of one to three statements, never a question with its answer.
 

@@ -48,6 +48,8 @@ ORACLE = {
     "simpo": lambda a, b, c, d, beta: -mp.log(sigmoid(beta * (a - b) - mp.mpf(0.5))),
     "orpo": lambda a, b, c, d, beta: -a - beta * mp.log(sigmoid(mp.log(odds(a) / odds(b)))),
     "cpo": lambda a, b, c, d, beta: -mp.log(sigmoid(beta * (a - b))) - a / 8,
+    "dpo_sft": lambda a, b, c, d, beta: -mp.log(sigmoid(beta * ((a - c) - (b - d)))) - a / 8,
+    "unlikelihood": lambda a, b, c, d, beta: beta * b - a,
     "reference_free": lambda a, b, c, d, beta: -mp.log(sigmoid(beta * (a - b))),
 }
 OPTIONS = {"kto": {"kl": 0.25}, "robust": {"label_smoothing": EPS}, "cdpo": {"label_smoothing": EPS}}
@@ -60,8 +62,8 @@ def inputs(difference):
 
 
 def call(name, logps, beta):
-    """The loss by its public adapter: lengths of 1 make sums and averages the same number (CPO's length is 8)."""
-    lengths = torch.tensor([8.0 if name == "cpo" else 1.0])
+    """The loss by its public adapter: lengths of 1 make sums and averages the same number (8 where SFT is added)."""
+    lengths = torch.tensor([8.0 if name in losses.WITH_SFT else 1.0])
     base = {"cdpo": "dpo"}.get(name, name)
     return preference_loss(base, *logps, lengths, lengths, beta, **OPTIONS.get(name, {}))
 
@@ -100,7 +102,7 @@ def test_large_log_probs_keep_their_difference(name):
     """Thousands of nats on each side: arithmetic in float32 would lose digits in the differences."""
     logps = [torch.tensor([x], dtype=torch.float32) for x in (-9001.3, -4000.7, -9003.9, -4001.2)]
     exact = ORACLE[name](*[mp.mpf(x.item()) for x in logps], mp.mpf("0.1"))
-    lengths = torch.tensor([8.0 if name == "cpo" else 1.0])
+    lengths = torch.tensor([8.0 if name in losses.WITH_SFT else 1.0])
     found = preference_loss(name, *logps, lengths, lengths, 0.1, **OPTIONS.get(name, {}))[0]
     assert close(found.item(), exact)
 
@@ -295,5 +297,5 @@ def test_against_trl_kto():
 def test_every_loss_has_an_oracle():
     assert set(LOSSES) <= set(ORACLE)
     assert list(itertools.compress(LOSSES, [not needs_reference(n) for n in LOSSES])) == [
-        "simpo", "orpo", "cpo", "reference_free",
+        "simpo", "orpo", "cpo", "unlikelihood", "reference_free",
     ]  # fmt: skip
