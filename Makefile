@@ -10,7 +10,7 @@ export TOKENIZERS_PARALLELISM := false
 
 .venv/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv .venv
-	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,test]'
+	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,benchmark,test]'
 	touch $@
 
 # Execute the notebooks in order; executed copies go to runs/notebooks.

@@ -86,7 +86,9 @@ def _resume(run: Run) -> None:
     checkpoint = checkpoints.newest(run.folder / "checkpoints") if run.folder else None
     if checkpoint is None:
         reason = why_plain(run.model)
-        return say(f"log-probs: plain rows, since {reason}" if reason else "log-probs: shared rows")
+        if reason or run.folder:
+            say(f"log-probs: plain rows, since {reason}" if reason else "log-probs: shared rows")
+        return None
     key, weights, optimizer_state, run.history = checkpoints.load(checkpoint)
     checkpoints.require_same(key, run.key, run.folder)
     own = _adapter(run.model)

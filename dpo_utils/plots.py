@@ -216,3 +216,56 @@ def margin_against_length(difference, margins, ax=None):
         ax.legend(frameon=False)
     ax.set(xlabel="chosen minus rejected (tokens)", ylabel="reward margin (beta × nats)")
     return ax
+
+
+def reliability(results: dict[str, dict], ax=None):
+    """Confidence against accuracy, one curve a result of `divergence.calibration`; on the dashed line they are equal."""
+    ax = _axes(ax, 4.4, 3.8)
+    ax.plot([0.5, 1], [0.5, 1], color=GREY, linestyle="--", linewidth=1, label="honest")
+    for (name, result), color in zip(results.items(), (BLUE, RED, GREEN, ORANGE), strict=False):
+        ax.plot(result["confidence"], result["accuracy"], "o-", color=color, markersize=4, label=name)
+    ax.set(xlabel="confidence σ(|margin|)", ylabel="accuracy (share of pairs)", xlim=(0.48, 1.02), ylim=(-0.02, 1.05))
+    ax.legend(frameon=False)
+    return ax
+
+
+def frontier(points: dict[str, list[tuple[float, float]]], limit=None, ax=None):
+    """Reward against KL: {name: [(kl, rate), ...]}, names that share their first word share a colour; limit: (kls, rates)."""
+    ax = _axes(ax, 7.2, 4.2)
+    if limit is not None:
+        ax.plot(*limit, color="black", linewidth=1, label="exact limit")
+    families = list(dict.fromkeys(name.split()[0] for name in points))
+    palette = dict(zip(families, (BLUE, RED, GREEN, ORANGE, "#CC79A7", GREY), strict=False))
+    marks = {name: "osD^vP*X"[i % 8] for i, name in enumerate(points)}
+    for name, places in points.items():
+        ax.scatter(*zip(*places, strict=True), s=24, alpha=0.75, color=palette[name.split()[0]], marker=marks[name], label=name)
+    ax.set(xlabel="KL(policy ‖ reference), nats an answer (square-root scale)", ylabel="probability of a true answer")
+    ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
+    ax.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    return ax
+
+
+def bands(x, results: dict[str, list[tuple[float, float, float]]], ax=None, xlabel: str = "", ylabel: str = ""):
+    """Curves with intervals: {name: [(estimate, low, high) at every x]}."""
+    ax = _axes(ax)
+    for (name, rows), color in zip(results.items(), (BLUE, RED, GREEN, ORANGE, GREY), strict=False):
+        middle, low, high = np.array(rows).T
+        ax.plot(x, middle, "o-", color=color, markersize=4, label=name)
+        ax.fill_between(x, low, high, color=color, alpha=0.15, linewidth=0)
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.legend(frameon=False)
+    return ax
+
+
+def heat(values, rows, columns, ax=None, xlabel: str = "", ylabel: str = "", form: str = "{:.2f}"):
+    """A small map of numbers: values (rows, columns), each written into its cell."""
+    ax = _axes(ax, 1.2 + 0.9 * len(columns), 1.0 + 0.5 * len(rows))
+    values = np.asarray(values, dtype=float)
+    ax.imshow(values, cmap="Blues", aspect="auto", alpha=0.7)
+    for (i, j), value in np.ndenumerate(values):
+        ax.text(j, i, form.format(value), ha="center", va="center", fontsize=9)
+    ax.set_xticks(range(len(columns)), [str(c) for c in columns])
+    ax.set_yticks(range(len(rows)), [str(r) for r in rows])
+    ax.set(xlabel=xlabel, ylabel=ylabel)
+    ax.grid(visible=False)
+    return ax

@@ -8,6 +8,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import random
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -41,7 +42,8 @@ class Recipe:
     changes: dict = field(default_factory=dict)
     method: str = "preferences"  # preferences, chosen (SFT on the chosen side), thumbs (unpaired) or reinforce
     labels: str = "as they are"  # as they are, shuffled or flipped
-    noise: float = 0.0  # share of flipped labels in the tiny world
+    noise: float = 0.0  # share of flipped labels
+    pairs: int | None = None  # train on this many pairs only: more epochs in the same steps
     options: dict = field(default_factory=dict)  # of the loss, or of the method
 
     def __post_init__(self):
@@ -68,7 +70,8 @@ def _chosen(model, tokenizer, pairs, profile, options, on_step):
 
 def _thumbs(model, tokenizer, pairs, profile, options, on_step):
     options = dict(options)
-    return train_unpaired(model, tokenizer, thumbs(pairs, options.pop("keep_rejected", 1.0)), profile, loss_options=options, on_step=on_step)
+    rows = thumbs(pairs, options.pop("keep_rejected", 1.0))
+    return train_unpaired(model, tokenizer, rows, profile, loss_options=options, on_step=on_step)
 
 
 def _reinforce(model, tokenizer, pairs, profile, options, on_step):
@@ -99,8 +102,9 @@ def thumbs(pairs, keep_rejected: float = 1.0) -> list[dict]:
 class Lab:
     """One loaded model, a start for every run (the SFT adapter), and a folder where results are kept."""
 
-    def __init__(self, profile: Profile, adapter, folder=None, pairs: int = 300):
+    def __init__(self, profile: Profile, adapter, folder=None, pairs: int = 150, answers: int | None = None):
         self.profile, self.folder = profile, Path(folder) if folder else None
+        self.answers = answers or {"reduced": 2, "full": 4}[grid()]
         self.model, self.tokenizer = load_policy(profile, adapter=adapter)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.known = profile.dataset == "tiny"
@@ -108,15 +112,15 @@ class Lab:
         self.held_out = held_out.select(range(min(pairs, len(held_out))))
         self.questions = list({str(p): p for p in self.held_out["prompt"]}.values())
 
-    def measure(self, profile: Profile, answers: int = 4, seed: int = 0) -> dict:
-        """What the model is now: on the held-out prompts, with `answers` samples each.
+    def measure(self, profile: Profile, seed: int = 0) -> dict:
+        """What the model is now: on the held-out prompts, with `answers` samples each, and on the held-out pairs.
 
         kl, kl_error: nats an answer, from the reference. tokens: mean length. accuracy: implicit-reward accuracy, ties
         half. margin, chosen, rejected: means over the held-out pairs, log-ratios in nats. In the tiny world also true
         (probability of a true answer, exact) and fluent (share of the samples).
         """
         questions = self.questions[:64]
-        drawn = sample_ids(self.model, self.tokenizer, questions, answers, 1.0, profile.max_new_tokens, seed)
+        drawn = sample_ids(self.model, self.tokenizer, questions, self.answers, 1.0, profile.max_new_tokens, seed)
         estimates = sampled_kl(self.model, self.tokenizer, drawn)
         table = preference_table(self.model, self.tokenizer, self.held_out, profile)
         kl, error = mean_and_error(estimates["full"])
@@ -129,14 +133,16 @@ class Lab:
         }  # fmt: skip
         if self.known:
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for _, ids in drawn]
-            asked = [question for question in questions for _ in range(answers)]
+            asked = [question for question in questions for _ in range(self.answers)]
             out["true"] = float(true_probability(self.model, self.tokenizer, profile, self.questions).mean())
             out["fluent"] = float(np.mean([world.read(q, text).fluent for q, text in zip(asked, texts, strict=True)]))
         return out
 
     def pairs(self, recipe: Recipe, seed: int):
         """The training pairs of a recipe; in the tiny world every seed draws its own."""
-        rows = world.preferences("train", seed=seed, noise=recipe.noise) if self.known else list(self.train)
+        rows = (world.preferences("train", seed=seed) if self.known else list(self.train))[: recipe.pairs]
+        coin = random.Random(seed)
+        rows = [swap(row) if coin.random() < recipe.noise else row for row in rows]
         return LABELS[recipe.labels](rows)
 
     def reset(self) -> None:
@@ -155,7 +161,7 @@ class Lab:
         steps = sorted({*(s for s in at if s < profile.steps), profile.steps})
         path = self._path(recipe, profile, steps)
         if path and path.exists():
-            return json.loads(path.read_text())
+            return {**json.loads(path.read_text()), "name": recipe.name}
         self.reset()
         points = []
 
@@ -174,9 +180,10 @@ class Lab:
     def _path(self, recipe, profile, steps) -> Path | None:
         if self.folder is None:
             return None
-        recipe_key = {**dataclasses.asdict(recipe), "name": ""}
+        recipe_key = {name: value for name, value in dataclasses.asdict(recipe).items() if name not in ("name", "changes")}
         weights = hashlib.sha256(b"".join(p.cpu().numpy().tobytes() for p in self.start.values())).hexdigest()
-        key = json.dumps([recipe_key, dataclasses.asdict(profile), steps, weights, len(self.held_out)], sort_keys=True, default=str)
+        parts = [recipe_key, dataclasses.asdict(profile), steps, weights, len(self.held_out), self.answers]
+        key = json.dumps(parts, sort_keys=True, default=str)
         return self.folder / f"{hashlib.sha256(key.encode()).hexdigest()[:20]}.json"
 
     def run_all(self, recipes, seeds=None, at=()) -> dict[str, list[dict]]:

@@ -33,7 +33,10 @@ def environment(profile: str) -> dict[str, str]:
 def execute(path: Path, target: Path) -> float:
     """Run one notebook in its own folder and write the executed copy; returns the seconds. Re-raises a failing cell."""
     notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
-    client = NotebookClient(notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}})
+    client = NotebookClient(
+        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
+        extra_arguments=["--IPKernelApp.log_level=40"],
+    )  # fmt: skip
     try:
         client.execute()
     finally:

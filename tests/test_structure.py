@@ -19,6 +19,7 @@ LINE = ["profiles", "data", "tokens", "models", "logps", "losses", "train", "eva
 BESIDE = {
     "world": 0, "rows": 0, "schemas": 0, "checkpoints": 0, "museum": 5, "audit": 3, "tabular": 5, "keys": 5, "preflight": 5,
     "step": 5, "fit": 5, "checks": 5, "make_tiny": 8, "widgets": 8, "notebook": 0, "workbook": 8, "report": 8,
+    "divergence": 8, "judges": 8, "collect": 8, "benchmark": 8, "card": 5, "rl": 8, "study": 8,
 }  # fmt: skip
 
 
@@ -75,7 +76,7 @@ def test_environment_yml_holds_python_and_the_project_itself():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python, _, pip = environment["dependencies"]
     assert python == "python" + project["requires-python"]
-    assert pip == {"pip": ["-e .[notebooks,test]"]}
+    assert pip == {"pip": ["-e .[notebooks,benchmark,test]"]}
     assert {"notebooks", "test"} <= set(project["optional-dependencies"])
 
 
