@@ -22,7 +22,10 @@ def setup(profile: str | None = None):
     import torch
     import transformers
 
+    from dpo_utils.notebook import explain_missing_names
     from dpo_utils.profiles import describe, load_profile, make_plan
+
+    explain_missing_names()
 
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()

@@ -87,7 +87,8 @@ def multiple_choice(model, tokenizer, rows=None, limit: int | None = None, batch
         names = TASKS if rows is None else _write_tasks(rows, Path(folder), Path(lm_eval.__file__).parent)
         manager = TaskManager(include_path=None if rows is None else folder, include_defaults=rows is None)
         out = lm_eval.simple_evaluate(
-            model=judge, tasks=list(names), task_manager=manager, limit=limit, bootstrap_iters=0, verbosity="ERROR", log_samples=True,
+            model=judge, tasks=list(names), task_manager=manager, limit=limit,
+            bootstrap_iters=0, verbosity="ERROR", log_samples=True,
         )  # fmt: skip
     model.train(was_training)
     return {name[-3:]: _mean([sample["acc"] for sample in out["samples"][name]]) for name in names}

@@ -1,5 +1,6 @@
 """The model card: what was trained on what, how it measured, and what nobody has checked."""
 
+import re
 from pathlib import Path
 
 from dpo_utils.checkpoints import write_file
@@ -20,14 +21,15 @@ def write_card(folder, profile: Profile, pairs: int, held_out: int, metrics: dic
     """
     if not metrics:
         raise ValueError("a model card without a measurement: run the evaluation first and give its metrics")
-    hub = {"base_model": profile.model if profile.revision else None, "datasets": profile.dataset if profile.dataset_revision else None}
-    head = ["---", "library_name: peft", "tags: [dpo, lora]", *(f"{k}: {v}" for k, v in hub.items() if v), "---"]
+    hub = {"base_model": (profile.model, profile.revision), "datasets": (profile.dataset, profile.dataset_revision)}
+    head = ["---", "library_name: peft", "tags: [dpo, lora]", *(f"{k}: {v}" for k, (v, pinned) in hub.items() if pinned), "---"]
     settings = {
         "base model": _where(profile.model, profile.revision),
         "base weights": "NF4, double quantisation" if profile.quantize else profile.dtype,
         "adapter": f"LoRA, r={profile.lora_r}, alpha={profile.lora_alpha}, on {' '.join(profile.target_modules)}",
         "SFT data": _where(profile.sft_dataset, profile.sft_dataset_revision),
-        "preference data": f"{_where(profile.dataset, profile.dataset_revision)}: {pairs} pairs, {held_out} more held out by prompt",
+        "preference data": _where(profile.dataset, profile.dataset_revision)
+        + f": {pairs} pairs, {held_out} more held out by prompt",
         "loss": f"{profile.loss}, beta {profile.beta:g}, label smoothing {profile.label_smoothing:g}",
         "steps": f"{profile.steps} of {profile.batch} pairs, learning rate {profile.learning_rate:g}, seed {profile.seed}",
     }
@@ -47,5 +49,7 @@ def write_card(folder, profile: Profile, pairs: int, held_out: int, metrics: dic
 
 
 def _where(source: str, revision: str | None) -> str:
-    name = source if revision or "/" not in source or not Path(source).exists() else Path(source).name  # no local paths
-    return f"{name} @ {revision}" if revision else name
+    if revision:
+        return f"{source} @ {revision}"
+    on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source).exists()
+    return source if on_hub else Path(source).name  # no local paths, not of files that are gone either

@@ -5,6 +5,7 @@ import os
 import random
 from pathlib import Path
 
+from dpo_utils.data import fold
 from dpo_utils.widgets import live
 
 
@@ -20,7 +21,8 @@ class BlindChoice:
         self.path, self.ties = Path(path), Path(path).with_name(f"{Path(path).stem}_ties.jsonl")
         self.rng, self.rows = random.Random(seed), []
         done = self._done()
-        self.open = [t for t in zip(prompts, first, second, strict=True) if t[1] != t[2]]
+        trios = dict.fromkeys(zip(prompts, first, second, strict=True))  # each once
+        self.open = [t for t in trios if fold(t[1]) != fold(t[2])]  # `load_preferences` refuses answers that look the same
         for trio in self.open:
             if trio in done:
                 self._count(trio, done[trio])
@@ -31,7 +33,9 @@ class BlindChoice:
         """{(prompt, first, second): verdict} in both orders of the answers, from the files."""
         done = {}
         for path, verdicts in ((self.path, (1.0, 0.0)), (self.ties, (0.5, 0.5))):
-            for text in path.read_text(encoding="utf-8").splitlines() if path.exists() else ():
+            for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
+                if not text.strip():
+                    continue
                 row = json.loads(text)
                 done[row["prompt"], row["chosen"], row["rejected"]] = verdicts[0]
                 done[row["prompt"], row["rejected"], row["chosen"]] = verdicts[1]
@@ -49,7 +53,7 @@ class BlindChoice:
         return (prompt, two, one) if self.swapped else (prompt, one, two)
 
     def choose(self, verdict: str) -> None:
-        """"A", "B" or "tie" for the pair that is shown; saved before the next one comes."""
+        """Take "A", "B" or "tie" for the pair that is shown; saved before the next one comes."""
         if verdict not in ("A", "B", "tie"):
             raise ValueError(f"a choice is A, B or tie, not {verdict!r}")
         if not self.open:

@@ -102,7 +102,9 @@ def calibration(margins, bins: int = 8) -> dict:
         raise ValueError("no margins: calibration needs at least one pair")
     confidence = sigmoid(np.abs(margins))
     right = (margins > 0) + 0.5 * (margins == 0)
-    parts = [part for part in np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(margins)))]
+    _, group = np.unique(confidence, return_inverse=True)
+    right = (np.bincount(group, right) / np.bincount(group))[group]  # equally confident pairs share: their order is nothing
+    parts = np.array_split(np.argsort(confidence, kind="stable"), min(bins, len(margins)))
     counts = np.array([len(part) for part in parts])
     means = np.array([(confidence[part].mean(), right[part].mean()) for part in parts])
     return {

@@ -4,15 +4,16 @@ A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"` on texts. It ne
 answer; `compare` asks it twice, with the answers swapped, so that a taste for the first place cancels out.
 """
 
+import http.client
 import json
 import os
+import re
 import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable
 
 import numpy as np
-import torch
 
 from dpo_utils.evaluate import bootstrap
 from dpo_utils.logps import all_logps
@@ -114,8 +115,8 @@ def http_judge(
 
     The key is read from the environment when a question is asked and appears nowhere else. Time-outs, broken
     connections, statuses 429 and 5xx, and replies that cannot be read are tried again `retries` times, with a pause
-    that doubles. A refusal, or an answer that names no letter, is a tie. Raises JudgeError where all tries failed or the
-    server said no (4xx).
+    that doubles. A refusal, or an answer that names no letter or both, is a tie. Raises JudgeError where all tries failed,
+    the server said no (4xx) or pointed elsewhere (3xx; the key does not follow), or the key cannot be sent.
     """
 
     def judge(prompt, a, b):
@@ -129,10 +130,12 @@ def http_judge(
             except urllib.error.HTTPError as failure:
                 problem = f"status {failure.code}"
                 if failure.code != 429 and failure.code < 500:
-                    raise JudgeError(f"the judge at {url} refused with {problem}: check the address, the model's name and {key_variable}") from None
-            except (OSError, ValueError, KeyError, IndexError, TypeError) as failure:
+                    remedy = f"check the address, the model's name and {key_variable}"
+                    raise JudgeError(f"the judge at {url} refused with {problem}: {remedy}") from None
+            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as failure:
                 problem = f"{type(failure).__name__}: {failure}"
-        raise JudgeError(f"the judge at {url} gave nothing usable in {retries + 1} tries (last: {problem}): is it running? Raise timeout or retries.")
+        tries = f"{retries + 1} tries (last: {problem})"
+        raise JudgeError(f"the judge at {url} gave nothing usable in {tries}: is it running? Raise timeout or retries.")
 
     return judge
 
@@ -140,15 +143,24 @@ def http_judge(
 def _post(url, model, question, key_variable, timeout) -> dict:
     body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 8}
     headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(key_variable):
+    if key := os.environ.get(key_variable, "").strip():
+        if not (key.isascii() and key.isprintable()):  # the library's own message would quote it
+            raise JudgeError(f"{key_variable} holds no key: there is a line break or a letter in it that no header can carry")
         headers["Authorization"] = f"Bearer {key}"
     request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    with urllib.request.urlopen(request, timeout=timeout) as reply:
+    with urllib.request.build_opener(_StayHere).open(request, timeout=timeout) as reply:
         return json.loads(reply.read())["choices"][0]["message"]
+
+
+class _StayHere(urllib.request.HTTPRedirectHandler):
+    """No redirects: they would take the key to another address."""
+
+    def redirect_request(self, *_):
+        """None makes the redirect an HTTPError."""
+        return None
 
 
 def _verdict(message: dict) -> str:
     """The letter a reply names; a refusal or anything else is a tie."""
-    words = (message.get("content") or "").replace("*", " ").replace(".", " ").split()
-    named = {word for word in words if word in ("A", "B")}
+    named = set(re.findall(r"\b[AB]\b", message.get("content") or ""))
     return named.pop() if len(named) == 1 else "tie"

@@ -1,11 +1,13 @@
 """Before and after, over seeds: SFT, DPO and held-out accuracy beside the baselines, as one table and one figure.
 
 python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE] [--column prompt=Question ...]
+                           [--benchmark TruthfulQA.csv --limit 80]
 """
 
 import argparse
 import dataclasses
 import json
+import random
 import resource
 import time
 
@@ -14,15 +16,25 @@ import numpy as np
 import torch
 
 from dpo_utils import plots
+from dpo_utils.benchmark import multiple_choice, overlap, read_truthfulqa
 from dpo_utils.data import load_preferences, plain_text, split_by_prompt
-from dpo_utils.evaluate import bootstrap, preference_table, sample, surface_baselines, wins
-from dpo_utils.models import load_policy
+from dpo_utils.divergence import calibration, sampled_kl
+from dpo_utils.evaluate import bootstrap, preference_table, sample, sample_ids, surface_baselines, wins
+from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import describe, load_profile, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
+UNITS = {
+    "margins": " (beta × nats)", "chosen log-ratio": " (nats)", "rejected log-ratio": " (nats)",
+    "KL to the reference": " (nats an answer)", "tokens of a sample, SFT": "", "tokens of a sample, DPO": "",
+}  # fmt: skip
 
-def run_once(profile, pairs, folder, fresh: bool) -> dict:
-    """One seed: split by prompt, SFT, DPO, measure. Arrays are per held-out pair."""
+
+def run_once(profile, pairs, folder, fresh: bool, benchmark=None, limit=None) -> dict:
+    """One seed: split by prompt, SFT, DPO, measure. Arrays are per held-out pair or per sampled answer.
+
+    benchmark: rows of `read_truthfulqa` to answer before and after, those near a training pair left out.
+    """
     start = time.perf_counter()
     train, held_out = split_by_prompt(pairs, profile.held_out, seed=profile.seed)
     model, tokenizer = load_policy(profile)
@@ -41,7 +53,15 @@ def run_once(profile, pairs, folder, fresh: bool) -> dict:
         "base, raw log-prob": wins(base["policy_chosen"], base["policy_rejected"]),
         **surface_baselines(train, usable),
     }
+    drawn = sample_ids(model, tokenizer, usable["prompt"][:64], max_new_tokens=profile.max_new_tokens, seed=profile.seed)
+    with as_reference(model):
+        before = sample_ids(model, tokenizer, usable["prompt"][:64], max_new_tokens=profile.max_new_tokens, seed=profile.seed)
     return {
+        "drawn prompts": [plain_text(p) for p in usable["prompt"][:64]],
+        "KL to the reference": sampled_kl(model, tokenizer, drawn, batch=4)["full"],
+        "tokens of a sample, SFT": [len(ids) for _, ids in before],
+        "tokens of a sample, DPO": [len(ids) for _, ids in drawn],
+        "multiple choice": choices(model, tokenizer, train, benchmark, limit) if benchmark else None,
         "prompts": [plain_text(p) for p in usable["prompt"]],
         "hits": hits,
         "margins": table["margins"],
@@ -51,6 +71,20 @@ def run_once(profile, pairs, folder, fresh: bool) -> dict:
         "history": history,
         "samples": before_and_after(model, tokenizer, usable, profile),
     }
+
+
+def choices(model, tokenizer, train, benchmark, limit: int | None) -> dict:
+    """TruthfulQA's mc1 and mc2 of base, SFT and DPO on the questions that no training pair is near to."""
+    trained = [f"{plain_text(row['prompt'])} {plain_text(row['chosen'])}" for row in train]
+    near = {row["benchmark"] - 1 for row in overlap(trained, [f"{row['question']} {row['best']}" for row in benchmark])}
+    rows = [row for i, row in enumerate(benchmark) if i not in near]
+    rows = random.Random(0).sample(rows, min(limit or len(rows), len(rows)))
+    out = {"questions": len(rows), "left out": len(near), "DPO": multiple_choice(model, tokenizer, rows)}
+    with as_reference(model):
+        out["SFT"] = multiple_choice(model, tokenizer, rows)
+    with model.disable_adapter():
+        out["base"] = multiple_choice(model, tokenizer, rows)
+    return out
 
 
 def before_and_after(model, tokenizer, held_out, profile, n: int = 5) -> list[dict]:
@@ -64,11 +98,11 @@ def before_and_after(model, tokenizer, held_out, profile, n: int = 5) -> list[di
     return [{"prompt": plain_text(p), "base": b[0], "DPO": a[0]} for p, b, a in rows]
 
 
-def pooled(runs, values) -> tuple[float, float, float]:
+def pooled(runs, values, prompts: str = "prompts") -> tuple[float, float, float]:
     """(mean, low, high) over all seeds; a prompt held out by several seeds is resampled as one."""
     groups = {}
     for run in runs:
-        for prompt, value in zip(run["prompts"], values(run), strict=True):
+        for prompt, value in zip(run[prompts], values(run), strict=True):
             groups.setdefault(prompt, []).append(float(value))
     sums = np.array([(sum(group), len(group)) for group in groups.values()])
     return bootstrap(sums, statistic=lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
@@ -78,12 +112,17 @@ def summarise(runs) -> dict:
     """Accuracies, margins and log-ratios with 95 % intervals, and what a run costs."""
     accuracies = {name: pooled(runs, lambda run, name=name: run["hits"][name]) for name in runs[0]["hits"]}
     nats = {name: pooled(runs, lambda run, name=name: run[name]) for name in ("margins", "chosen log-ratio", "rejected log-ratio")}
+    drawn = ("KL to the reference", "tokens of a sample, SFT", "tokens of a sample, DPO")
+    honest = calibration(np.concatenate([run["margins"] for run in runs]))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
     return {
         "accuracies": accuracies,
         "nats": nats,
+        "samples drawn": {name: pooled(runs, lambda run, name=name: run[name], "drawn prompts") for name in drawn},
+        "calibration": honest,
+        "multiple choice": runs[0]["multiple choice"],
         "accuracy by seed": [float(np.mean(run["hits"]["DPO, implicit reward"])) for run in runs],
         "held-out pairs by seed": [len(run["prompts"]) for run in runs],
         "seconds by seed": [run["seconds"] for run in runs],
@@ -95,9 +134,16 @@ def summarise(runs) -> dict:
 def markdown(summary) -> str:
     """The table as Markdown."""
     lines = ["| held-out pairs, pooled over seeds | estimate | 95 % interval |", "|---|---|---|"]
-    for name, (value, low, high) in (summary["accuracies"] | summary["nats"]).items():
-        unit = " (nats)" if "ratio" in name else " (beta × nats)" if name == "margins" else ", accuracy"
+    for name, (value, low, high) in (summary["accuracies"] | summary["nats"] | summary["samples drawn"]).items():
+        unit = UNITS.get(name, ", accuracy")
         lines.append(f"| {name}{unit} | {value:.3f} | {low:.3f} to {high:.3f} |")
+    honest, choice = summary["calibration"], summary["multiple choice"]
+    lines.append(f"\nCalibration of σ(margin): Brier {honest['brier']:.3f}, expected calibration error {honest['ece']:.3f}.")
+    if choice:
+        cells = [(who, task, *choice[who][task]) for who in ("base", "SFT", "DPO") for task in ("mc1", "mc2")]
+        scores = ", ".join(f"{who} {task} {mean:.3f} ± {error:.3f}" for who, task, mean, error in cells)
+        asked = f"{choice['questions']} questions, after {choice['left out']} near a training pair were left out"
+        lines.append(f"\nTruthfulQA ({asked}; ± one standard error): {scores}.")
     seconds = ", ".join(f"{s:.0f}" for s in summary["seconds by seed"])
     lines.append(f"\nSeconds a seed: {seconds}; peak memory {summary['peak memory GiB']:.1f} GiB.")
     return "\n".join(lines)
@@ -120,16 +166,20 @@ def main(argv=None) -> None:
     parser.add_argument("--data", help="preferences: a local file or a hub id; by default the profile's")
     parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column's name in the file")
     parser.add_argument("--seeds", type=int, default=3)
+    parser.add_argument("--benchmark", help="TruthfulQA's CSV: mc1 and mc2 before and after, for the first seed")
+    parser.add_argument("--limit", type=int, help="only so many questions of the benchmark, drawn with a seed")
     parser.add_argument("--fresh", action="store_true", help="train again what is already under runs/")
     args = parser.parse_args(argv)
     base = load_profile(args.profile, **({"dataset": args.data, "dataset_revision": None} if args.data else {}))
     columns = dict(pair.split("=", 1) for pair in args.column) or None
     pairs = load_preferences(base.dataset, columns=columns, revision=base.dataset_revision)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
+    benchmark = read_truthfulqa(args.benchmark) if args.benchmark else []
     runs = []
     for seed in range(args.seeds):
         folder = run_directory(base) / args.name / f"seed{seed}"
-        runs.append(run_once(dataclasses.replace(base, seed=seed), pairs, folder, args.fresh))
+        asked = benchmark if seed == 0 else None
+        runs.append(run_once(dataclasses.replace(base, seed=seed), pairs, folder, args.fresh, asked, args.limit))
         print(
             f"seed {seed}: accuracy {np.mean(runs[-1]['hits']['DPO, implicit reward']):.3f}, {runs[-1]['seconds']:.0f} s",
             flush=True,

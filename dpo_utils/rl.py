@@ -23,7 +23,8 @@ class RewardModel:
         """rows: (prompt ids, answer ids) -> (N, H), float32."""
         out = []
         for start in range(0, len(rows), batch):
-            part = {n: x.to(self.model.device) for n, x in collate_rows(rows[start : start + batch], self.tokenizer.pad_token_id).items()}
+            part = collate_rows(rows[start : start + batch], self.tokenizer.pad_token_id)
+            part = {name: x.to(self.model.device) for name, x in part.items()}
             with as_reference(self.model):
                 hidden = unwrap(self.model).base_model(
                     input_ids=part["input_ids"], attention_mask=part["attention_mask"], use_cache=False
@@ -74,7 +75,7 @@ def train_reinforce(model, tokenizer, prompts, reward, profile, *, answers: int 
         items = [(prompt, [answer]) for prompt, answer in drawn]
         earned, log_ratios = _earnings(model, reward, drawn, items, profile.beta, options)
         groups = earned.view(-1, answers)
-        advantages = ((groups - (groups.sum(1, keepdim=True) - groups) / (answers - 1))).flatten()
+        advantages = (groups - (groups.sum(1, keepdim=True) - groups) / (answers - 1)).flatten()
         for numbers, logps in completion_logps(model, items, **options):
             (-(advantages[numbers].to(logps) * logps[:, 0]).sum() / len(items)).backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable(model), profile.max_grad_norm)

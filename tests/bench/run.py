@@ -37,7 +37,7 @@ class Worker:
         )  # fmt: skip
 
     def turn(self, kind: str) -> dict:
-        """One stretch, measured as `time`, `flops` or `memory`."""
+        """One stretch: `warm`, or measured as `time`, `flops` or `memory`."""
         try:
             print(kind, file=self.process.stdin, flush=True)
             return json.loads(self.process.stdout.readline())
@@ -56,6 +56,7 @@ def measure(shape: str, lengths: str, rounds: int) -> dict:
         timed = {name: [] for name in VARIANTS}
         for _ in range(rounds):
             for name, worker in workers.items():
+                worker.turn("warm")
                 timed[name].append(worker.turn("time"))
         for worker in workers.values():
             worker.process.communicate()  # no more turns: it leaves
