@@ -146,7 +146,7 @@ def interval_bars(results: dict[str, tuple[float, float, float]], ax=None, unit:
     for value, label in marks:
         ax.axvline(value, color=GREY, linestyle="--", linewidth=1, label=label)
     if marks:
-        ax.legend(frameon=False, loc="lower right")
+        ax.legend(frameon=False, loc="lower right", bbox_to_anchor=(1.0, 0.98))  # above the bars: none hides it
     ax.invert_yaxis()
     ax.set_xlabel(unit)
     ax.grid(axis="y", visible=False)
