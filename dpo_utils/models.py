@@ -27,7 +27,7 @@ AttentionInterface.register("sdpa_float32", _sdpa_float32)
 AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
 
 
-def _quantisation(dtype):
+def quantisation_config(dtype):
     """NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023)."""
     from transformers import BitsAndBytesConfig
 
@@ -68,7 +68,7 @@ def load_base(profile: Profile, quantize: bool | None = None):
         profile.model,
         profile.revision,
         dtype=plan.dtype,
-        quantization_config=_quantisation(plan.dtype) if quantize else None,
+        quantization_config=quantisation_config(plan.dtype) if quantize else None,
         device_map={"": plan.device},
         attn_implementation=plan.attention,
         use_safetensors=True,

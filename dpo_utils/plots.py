@@ -235,7 +235,8 @@ def frontier(points: dict[str, list[tuple[float, float]]], limit=None, ax=None):
     if limit is not None:
         ax.plot(*limit, color="black", linewidth=1, label="exact limit")
     families = list(dict.fromkeys(name.split()[0] for name in points))
-    palette = dict(zip(families, (BLUE, RED, GREEN, ORANGE, "#CC79A7", GREY), strict=False))
+    colours = (BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", GREY)
+    palette = {name: colours[i % len(colours)] for i, name in enumerate(families)}
     marks = {name: "osD^vP*X"[i % 8] for i, name in enumerate(points)}
     for name, places in points.items():
         ax.scatter(*zip(*places, strict=True), s=24, alpha=0.75, color=palette[name.split()[0]], marker=marks[name], label=name)

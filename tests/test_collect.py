@@ -50,6 +50,7 @@ def test_the_order_is_seeded_and_both_orders_occur(tmp_path):
     assert len(one) == N and 2 <= sum(one) <= N - 2
     assert order_shown(tmp_path / "b", seed=1) == one
     assert order_shown(tmp_path / "c", seed=2) != one
+    assert {start(tmp_path, seed).question[1] in FIRST for seed in range(8)} == {True, False}
 
 
 def test_a_question_holds_the_prompt_and_its_two_answers_and_stays_until_chosen(tmp_path):
@@ -176,6 +177,7 @@ def test_new_answers_to_a_judged_prompt_are_asked(tmp_path):
 @pytest.mark.parametrize("text", ["two\nlines", "a\u2028separator\u0085and another", '“quotes” \\ " ü 漢'])
 def test_any_text_comes_back_as_it_was(tmp_path, text):
     BlindChoice([text], [text], ["plain"], tmp_path / "mine.jsonl").choose("A")
+    assert json.dumps(text, ensure_ascii=False) in (tmp_path / "mine.jsonl").read_text(encoding="utf-8")
     again = BlindChoice([text], [text], ["plain"], tmp_path / "mine.jsonl")
     assert again.question is None and len(again.rows) == 1
     (row,) = load_preferences(tmp_path / "mine.jsonl")

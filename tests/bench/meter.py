@@ -15,6 +15,9 @@ CPU_ATTENTION = {
 }
 
 
+GPU = torch.cuda.is_available()
+
+
 class Meter:
     """A context that fills `result` with what was asked for by `what`.
 
@@ -30,10 +33,16 @@ class Meter:
             self.memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
         if self.what == "flops":
             self.flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).__enter__()
+        if GPU:
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.held = torch.cuda.memory_allocated()
         self.start = time.perf_counter(), time.process_time()
         return self
 
     def __exit__(self, *problem):
+        if GPU:
+            torch.cuda.synchronize()
         if self.what == "time":
             self.result = {"wall": time.perf_counter() - self.start[0], "cpu": time.process_time() - self.start[1]}
         if self.what == "flops":
@@ -43,7 +52,8 @@ class Meter:
             self.result = {"flops": self.flops.get_total_flops(), "attention_flops": attention}
         if self.what == "memory":
             self.memory.__exit__(*problem)
-            self.result = {"peak_bytes": _peak_bytes(self.memory)}
+            peak = torch.cuda.max_memory_allocated() - self.held if GPU else _peak_bytes(self.memory)
+            self.result = {"peak_bytes": peak}
 
 
 def _peak_bytes(memory) -> int:

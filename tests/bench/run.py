@@ -1,6 +1,8 @@
 """How fast is a DPO step? The variants of `worker.py`, one process each, taking turns. `make bench`.
 
-python -m bench.run [--shapes C A] [--lengths truthy hh] [--rounds 3]; CPU, float32, one thread a process.
+python -m bench.run [--shapes C A] [--lengths truthy hh] [--rounds 3]; on a CPU in float32, one thread a process.
+On a GPU: --shapes phi2 (NF4, bfloat16, random weights), each side at the micro-batch that suits it best there, for
+instance BENCH_MICRO_TOKENS=16384 BENCH_MICRO_PAIRS=16.
 """
 
 import argparse
@@ -14,12 +16,14 @@ import tempfile
 
 import matplotlib.pyplot as plt
 import torch
+from bench.meter import GPU
 from bench.shapes import MODELS, STEP, pair_lengths, save_model
 from bench.worker import VARIANTS
 
 from dpo_utils.plots import BLUE, GREY, ORANGE, save_figure
 from dpo_utils.profiles import repository_root
 
+CLOCK, NAME = ("wall", "bench_gpu") if GPU else ("cpu", "bench_cpu")  # a CPU second forgives a busy neighbour
 DEFAULT, BEST, FAIREST = "TRL default", "TRL best", "TRL best, pair by pair, same GELU"
 OURS, CHECKPOINTING = "ours", "ours, checkpointing"
 CACHED = [name for name in VARIANTS if "best" in name or "ours" in name]  # these score the reference once, beforehand
@@ -75,7 +79,7 @@ def summary(counted: dict, timed: list[dict], reference: dict | None, lengths: s
         row[f"pairs_per_{clock}_s"] = len(sizes) / step
         for epochs in (1, 3):
             row[f"pairs_per_{clock}_s_{epochs}_epochs"] = epochs * len(sizes) / (once + epochs * step)
-    row["tokens_per_cpu_s"] = sum(2 * p + c + r for p, c, r in sizes) / row["step_cpu_s"]
+        row[f"tokens_per_{clock}_s"] = sum(2 * p + c + r for p, c, r in sizes) / step
     return row | {"rounds": [{clock: t[clock] for clock in ("cpu", "wall")} for t in timed]}
 
 
@@ -98,9 +102,10 @@ def floor_gflop(shape: str, lengths: str) -> float:
 
 
 COLUMNS = {
-    "pairs/s": ("pairs_per_cpu_s", ".2f"), "wall": ("pairs_per_wall_s", ".2f"), "1 epoch": ("pairs_per_cpu_s_1_epochs", ".2f"),
-    "3 epochs": ("pairs_per_cpu_s_3_epochs", ".2f"), "tokens/s": ("tokens_per_cpu_s", ".0f"), "GFLOP": ("gflop", ".0f"),
-    "peak MB": ("peak_mb", ".0f"), "loss": ("loss", ".6f"),
+    "pairs/s": (f"pairs_per_{CLOCK}_s", ".2f"), "wall": ("pairs_per_wall_s", ".2f"),
+    "1 epoch": (f"pairs_per_{CLOCK}_s_1_epochs", ".2f"), "3 epochs": (f"pairs_per_{CLOCK}_s_3_epochs", ".2f"),
+    "tokens/s": (f"tokens_per_{CLOCK}_s", ".0f"), "GFLOP": ("gflop", ".0f"), "peak MB": ("peak_mb", ".0f"),
+    "loss": ("loss", ".6f"),
 }  # fmt: skip
 
 
@@ -129,9 +134,9 @@ def figure(cases: dict):
     for ax, (title, case) in zip(panels[0], cases.items(), strict=True):
         rows = case["rows"]
         colours = [BLUE if "ours" in name else ORANGE if "TRL" in name else GREY for name in rows]
-        bars = ax.barh(list(rows), [row["pairs_per_cpu_s"] for row in rows.values()], color=colours, alpha=0.8)
+        bars = ax.barh(list(rows), [row[f"pairs_per_{CLOCK}_s"] for row in rows.values()], color=colours, alpha=0.8)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        ax.set(title=title, xlabel="pairs a CPU second")
+        ax.set(title=title, xlabel="pairs a second" if GPU else "pairs a CPU second")
         ax.margins(x=0.18)
         ax.grid(axis="y", visible=False)
     panels[0][0].invert_yaxis()
@@ -139,14 +144,14 @@ def figure(cases: dict):
 
 
 def main() -> None:
-    """Measure, print as it goes, write figures/bench_cpu.png and .json."""
+    """Measure, print as it goes, write figures/bench_cpu.png and .json (bench_gpu on a GPU)."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", nargs="+", default=["C", "A"], choices=list(MODELS))
     parser.add_argument("--lengths", nargs="+", default=list(STEP), choices=list(STEP))
     parser.add_argument("--rounds", type=int, default=3, help="timed steps a variant")
     parser.add_argument("--add", action="store_true", help="keep the other cases that are in the JSON already")
     args = parser.parse_args()
-    known = repository_root() / "figures" / "bench_cpu.json"
+    known = repository_root() / "figures" / f"{NAME}.json"
     cases = json.loads(known.read_text())["cases"] if args.add and known.exists() else {}
     for shape in args.shapes:
         for lengths in args.lengths:
@@ -156,7 +161,7 @@ def main() -> None:
             cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor_gflop(shape, lengths)}
             print(report(title, cases[title]), flush=True)
     settings = {"dtype": "float32", "threads": 1, "torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    print("written:", save_figure(figure(cases), "bench_cpu", {**settings, "cases": cases}))
+    print("written:", save_figure(figure(cases), NAME, {**settings, "cases": cases}))
 
 
 if __name__ == "__main__":

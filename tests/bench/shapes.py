@@ -5,7 +5,7 @@ import random
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, PhiConfig, PreTrainedTokenizerFast
 
 from dpo_utils.profiles import PHI_TARGETS, Profile
 
@@ -13,10 +13,15 @@ BODY = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "
 MODELS = {
     "C": {**BODY, "vocab_size": 2560},  # the head's share of the work is Phi-2's
     "A": {**BODY, "vocab_size": 51200},  # Phi-2's vocabulary on the same body: the head is half the work
+    "phi2": {
+        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
+        "vocab_size": 51200, "partial_rotary_factor": 0.4,
+    },  # Phi-2's true shape, for a GPU
     "small": {**BODY, "num_hidden_layers": 1, "vocab_size": 1024},  # to try the script itself
 }
 # Pairs a step, and pairs a micro-batch for those who cut by pairs (ours cuts by tokens).
 STEP = {"truthy": {"pairs": 16, "micro_pairs": 4}, "hh": {"pairs": 4, "micro_pairs": 2}}
+QUANTISED = {"phi2"}  # as its profile runs it: NF4, bfloat16; the others in float32
 SEED = 5  # of 200 draws one whose share of TRL's arithmetic is the median (within 0.006) in both length shapes
 
 
@@ -25,7 +30,7 @@ def save_model(shape: str, folder) -> None:
     torch.manual_seed(0)
     fixed = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0, "hidden_act": "gelu_new", "resid_pdrop": 0.0}
     config = PhiConfig(**MODELS[shape], **fixed, max_position_embeddings=2048)
-    model = PhiForCausalLM(config)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16 if shape in QUANTISED else torch.float32)
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0)  # log-probs that differ from word to word
     model.save_pretrained(folder)
@@ -37,13 +42,14 @@ def save_model(shape: str, folder) -> None:
     tokenizer.save_pretrained(folder)
 
 
-def profile_for(folder, lengths: str, **changes) -> Profile:
-    """A profile of dpo_utils for the saved model: float32, no quantisation, LoRA r=16 on all linear layers."""
+def profile_for(folder, shape: str, lengths: str, **changes) -> Profile:
+    """A profile of dpo_utils for the saved model: LoRA r=16 on all linear layers, float32 or as `QUANTISED` says."""
+    quantised = shape in QUANTISED
     nothing = dict.fromkeys(("revision", "dataset", "dataset_revision", "sft_dataset", "sft_dataset_revision"))
     fields = {
-        "name": "bench", "model": str(folder), "quantize": False, "dtype": "float32", "target_modules": PHI_TARGETS,
-        "max_length": 2048, "batch": STEP[lengths]["pairs"], "steps": 1000, "learning_rate": 1e-4, "warmup": 0.0,
-        "micro_tokens": 512, "row_tokens": 384,
+        "name": "bench", "model": str(folder), "quantize": quantised, "dtype": "bfloat16" if quantised else "float32",
+        "target_modules": PHI_TARGETS, "max_length": 2048, "batch": STEP[lengths]["pairs"], "steps": 1000,
+        "learning_rate": 1e-4, "warmup": 0.0, "micro_tokens": 512, "row_tokens": 384,
     }  # fmt: skip
     return Profile(**{**nothing, **fields, **changes})
 

@@ -21,7 +21,16 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from dpo_utils import fit, logps, train
-from dpo_utils.models import as_reference, fuse_gelu, load_policy, lora_config, trainable
+from dpo_utils.models import (
+    as_reference,
+    disarm_cpu_repacking,
+    fuse_gelu,
+    load_policy,
+    lora_config,
+    quantisation_config,
+    trainable,
+)
+from dpo_utils.profiles import make_plan
 from dpo_utils.tokens import as_item, pack_rows, tokenize_all
 
 REPLIES = os.fdopen(os.dup(1), "w")  # trainers print what they like: only turns go to the parent
@@ -71,6 +80,15 @@ def move_adapter(model) -> None:
         named[name].data.copy_(torch.randn(named[name].shape, generator=generator) * scale)
 
 
+def raw_model(profile):
+    """The base as Hugging Face loads it, with none of ours but the switch without which 4-bit gradients are wrong on CPU."""
+    plan = make_plan(profile)
+    quantisation = {"quantization_config": quantisation_config(plan.dtype)} if plan.quantize else {}
+    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=plan.dtype, device_map={"": plan.device}, **quantisation)
+    disarm_cpu_repacking(model)
+    return model
+
+
 def ours(turns, profile, pairs, _):
     """`train_dpo` as readers call it."""
     model, tokenizer = load_policy(profile)
@@ -103,17 +121,18 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
                 turns.begin()
 
     if best:
-        # off GPUs TRL would score every position
+        # off GPUs TRL would score every position (on them this changes nothing)
         mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True).start()
         mock.patch.object(DPOTrainer, "_precompute_ref_logps", turns.around(DPOTrainer._precompute_ref_logps)).start()
-    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
+    model, gpu = raw_model(profile), torch.cuda.is_available()
     if same:
         fuse_gelu(model)
         pairs = sorted(pairs, key=lambda p: max(len(p["prompt"] + p[side]) for side in ("chosen", "rejected")))
     args = DPOConfig(
         output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, max_steps=profile.steps, max_length=None,
         gradient_accumulation_steps=len(pairs) // micro, beta=profile.beta, learning_rate=profile.learning_rate,
-        lr_scheduler_type="constant", weight_decay=0.0, use_cpu=True, bf16=False, report_to=[], logging_steps=1,
+        lr_scheduler_type="constant", weight_decay=0.0, use_cpu=not gpu, report_to=[], logging_steps=1,
+        bf16=gpu and profile.dtype == "bfloat16",
         save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
         **({"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}),
     )  # fmt: skip
@@ -127,8 +146,7 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
 
 def loop(turns, profile, pairs, micro, score):
     """The textbook loop on the model as it comes: policy and reference scored in every step, in the data's order."""
-    base = AutoModelForCausalLM.from_pretrained(profile.model, dtype=torch.float32)
-    model = get_peft_model(base, lora_config(profile)).train()
+    model = get_peft_model(raw_model(profile).requires_grad_(False), lora_config(profile)).train()
     move_adapter(model)
     rows, _ = tokenize_all(pairs, AutoTokenizer.from_pretrained(profile.model), profile.max_length)
     items = [as_item(row) for row in rows]
@@ -141,7 +159,7 @@ def loop(turns, profile, pairs, micro, score):
             policy = score(model, part)
             with torch.no_grad(), as_reference(model):
                 reference = score(model, part)
-            margins = profile.beta * (policy - reference).view(-1, 2)
+            margins = profile.beta * (policy.float() - reference.float()).view(-1, 2)
             loss = -F.logsigmoid(margins[:, 0] - margins[:, 1]).sum() / len(items)
             loss.backward()
             total += loss.item()
@@ -174,5 +192,7 @@ if __name__ == "__main__":
     folder, shape, lengths, variant = sys.argv[1:]
     sys.stdout = sys.stderr
     torch.set_num_threads(1)
-    chosen = profile_for(folder, lengths, gradient_checkpointing=variant == "ours, checkpointing")
-    VARIANTS[variant](Turns(), chosen, text_pairs(shape, lengths), STEP[lengths]["micro_pairs"])
+    changes = {"micro_tokens": int(os.environ["BENCH_MICRO_TOKENS"])} if "BENCH_MICRO_TOKENS" in os.environ else {}
+    chosen = profile_for(folder, shape, lengths, gradient_checkpointing=variant == "ours, checkpointing", **changes)
+    micro = int(os.environ.get("BENCH_MICRO_PAIRS", STEP[lengths]["micro_pairs"]))
+    VARIANTS[variant](Turns(), chosen, text_pairs(shape, lengths), micro)
