@@ -20,7 +20,7 @@ ROWS = [
     {
         "question": "What is the opposite of hot?",
         "best": "The opposite of hot is cold, by the records.",
-        "correct": ["Cold.", "The opposite of hot is cold, by the records."],
+        "correct": ["The opposite of hot is cold, by the records.", "Cold."],
         "incorrect": ["Warm.", "Hot."],
     },
     {
@@ -131,23 +131,27 @@ def by_hand(model, tokenizer, rows):
     return np.array(mc1, dtype=float), np.array(mc2)
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_multiple_choice_is_what_the_log_probs_say(moved, training):
+def test_multiple_choice_is_what_the_log_probs_say(moved):
     pytest.importorskip("lm_eval")
     model, tokenizer = moved
-    model.train(training)
-    found = B.multiple_choice(model, tokenizer, ROWS, batch=2)
-    assert model.training is training
     mc1, mc2 = by_hand(model, tokenizer, ROWS)
+    model.train()
+    found = B.multiple_choice(model, tokenizer, ROWS, batch=2)
+    assert model.training
     assert 0 < mc1.mean() < 1 and 0.05 < mc2.mean() < 0.95 and mc2.std() > 0.05
     for name, values in (("mc1", mc1), ("mc2", mc2)):
         assert found[name] == pytest.approx((values.mean(), values.std(ddof=1) / np.sqrt(3)), abs=1e-4)
+    model.eval()
+    assert B.multiple_choice(model, tokenizer, ROWS, limit=1) == {"mc1": (mc1[0], 0), "mc2": (pytest.approx(mc2[0], abs=1e-4), 0)}
+    assert not model.training
     with as_reference(model):
         assert abs(by_hand(model, tokenizer, ROWS)[1].mean() - mc2.mean()) > 1e-3  # the adapter was on
 
 
 def test_without_rows_the_hub_is_asked_for_both_tasks(moved, monkeypatch):
-    lm_eval = pytest.importorskip("lm_eval")
+    pytest.importorskip("lm_eval")
+    import lm_eval.tasks
+
     asked = {}
 
     def evaluate(**options):
@@ -155,9 +159,10 @@ def test_without_rows_the_hub_is_asked_for_both_tasks(moved, monkeypatch):
         return {"samples": {"truthfulqa_mc1": [{"acc": 1}, {"acc": 0}], "truthfulqa_mc2": [{"acc": 0.25}]}}
 
     monkeypatch.setattr(lm_eval, "simple_evaluate", evaluate)
+    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda **options: options)
     assert B.multiple_choice(*moved, limit=2) == {"mc1": (0.5, pytest.approx(0.5)), "mc2": (0.25, 0.0)}
     assert asked["tasks"] == ["truthfulqa_mc1", "truthfulqa_mc2"] and asked["limit"] == 2
-    assert {"truthfulqa_mc1", "truthfulqa_mc2"} <= set(asked["task_manager"].all_tasks)
+    assert asked["task_manager"] == {"include_path": None, "include_defaults": True}
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
