@@ -112,20 +112,6 @@ NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
-def test_committed_notebooks_are_small_clean_runs(path):
-    notebook = json.loads(path.read_text(encoding="utf-8"))
-    code = [cell for cell in notebook["cells"] if cell["cell_type"] == "code"]
-    assert path.stat().st_size < 250_000
-    assert [cell["execution_count"] for cell in code] == list(range(1, len(code) + 1)), "not one clean run: make refresh"
-    assert "widgets" not in notebook["metadata"]
-    outputs = [output for cell in code for output in cell["outputs"]]
-    assert not [o for o in outputs if o["output_type"] == "error" or o.get("name") == "stderr"]
-    assert not [o for o in outputs if "application/vnd.jupyter.widget-view+json" in o.get("data", {})]
-    text = json.dumps(outputs)
-    assert not re.search(r"/(home|root|work|tmp|Users)/", text), "an output shows a path of the machine it ran on"
-
-
-@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda p: p.stem)
 def test_notebooks_open_alike_and_lead_on(path):
     notebook = json.loads(path.read_text(encoding="utf-8"))
     first_code = next("".join(c["source"]) for c in notebook["cells"] if c["cell_type"] == "code")
