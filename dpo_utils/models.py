@@ -113,9 +113,13 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
     adapter: directory of a saved adapter to go on from; None starts a fresh one, whose output is the base's.
     reference: directory of the adapter that is the reference; by default `adapter`, as DPO starts from it. Without
     either, the reference is the base itself (adapter off).
-    Raises ValueError for adapters that would break "adapter off is the reference" and for targets that match nothing.
+    Raises ValueError for adapters that would break "adapter off is the reference" and for targets that match nothing,
+    FileNotFoundError for a directory (as a Path) without an adapter.
     """
     reference = reference or adapter
+    for folder in (adapter, reference):
+        if isinstance(folder, Path) and not (folder / "adapter_config.json").exists():
+            raise FileNotFoundError(f"no adapter in {folder}: make it first (notebook 02 makes sft, notebook 04 dpo)")
     base = load_base(profile, quantize)
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
