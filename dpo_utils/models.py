@@ -117,9 +117,8 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
     FileNotFoundError for a directory (as a Path) without an adapter.
     """
     reference = reference or adapter
-    for folder in (adapter, reference):
-        if isinstance(folder, Path) and not (folder / "adapter_config.json").exists():
-            raise FileNotFoundError(f"no adapter in {folder}: make it first (notebook 02 makes sft, notebook 04 dpo)")
+    _require_adapter(adapter)
+    _require_adapter(reference)
     base = load_base(profile, quantize)
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
@@ -139,6 +138,11 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
         for layer in _layers(base):
             layer.compile(dynamic=True)
     return model, load_tokenizer(profile)
+
+
+def _require_adapter(folder) -> None:
+    if isinstance(folder, Path) and not (folder / "adapter_config.json").exists():
+        raise FileNotFoundError(f"no adapter in {folder}: make it first (notebook 02 makes sft, notebook 04 dpo)")
 
 
 def lora_config(profile: Profile) -> LoraConfig:
@@ -219,6 +223,7 @@ def merge_and_save(profile: Profile, adapter, output) -> None:
     A 4-bit base is dequantised first and the adapter merged into *that*: merging into the original weights would
     shift the outputs by the quantisation error the adapter was trained around.
     """
+    _require_adapter(adapter)
     base = load_base(profile)
     if getattr(base, "is_loaded_in_4bit", False):
         base = base.dequantize()

@@ -319,3 +319,9 @@ def test_only_safetensors_are_loaded(tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(OSError, match="safetensors"):
         load_base(profile(model=str(folder)))
+
+
+def test_a_missing_adapter_says_which_notebook_makes_it(tiny, tmp_path):
+    for call in (lambda: models.load_policy(tiny, adapter=tmp_path), lambda: models.merge_and_save(tiny, tmp_path, tmp_path)):
+        with pytest.raises(FileNotFoundError, match="notebook 02 makes sft"):
+            call()
