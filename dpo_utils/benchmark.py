@@ -7,6 +7,7 @@ import tempfile
 from pathlib import Path
 
 from dpo_utils.data import fold
+from dpo_utils.divergence import mean_and_error
 
 TASKS = ("truthfulqa_mc1", "truthfulqa_mc2")
 COMMON = frozenset(
@@ -91,13 +92,7 @@ def multiple_choice(model, tokenizer, rows=None, limit: int | None = None, batch
             bootstrap_iters=0, verbosity="ERROR", log_samples=True,
         )  # fmt: skip
     model.train(was_training)
-    return {name[-3:]: _mean([sample["acc"] for sample in out["samples"][name]]) for name in names}
-
-
-def _mean(values) -> tuple[float, float]:
-    mean = sum(values) / len(values)
-    spread = sum((v - mean) ** 2 for v in values) / max(1, len(values) - 1)
-    return float(mean), float((spread / len(values)) ** 0.5)
+    return {name[-3:]: mean_and_error([sample["acc"] for sample in out["samples"][name]]) for name in names}
 
 
 def _write_tasks(rows, folder: Path, package: Path) -> list[str]:

@@ -2,6 +2,7 @@
 
 import numpy as np
 import torch
+from scipy.special import expit, logit, rel_entr
 
 from dpo_utils.models import as_reference
 from dpo_utils.tokens import collate_rows
@@ -42,9 +43,9 @@ def _next_token_logps(model, rows):
 
 
 def mean_and_error(values) -> tuple[float, float]:
-    """(mean, standard error of the mean)."""
+    """(mean, standard error of the mean); the error of a single value, which is unknown, is given as 0."""
     values = np.asarray(values, dtype=float)
-    return float(values.mean()), float(values.std(ddof=1) / np.sqrt(len(values)))
+    return float(values.mean()), float(values.std(ddof=min(1, len(values) - 1)) / np.sqrt(len(values)))
 
 
 # --- the least KL for a rate of true answers --------------------------------------------------------------------------
@@ -58,16 +59,14 @@ def least_kl(p0, tilts) -> tuple[np.ndarray, np.ndarray]:
     KL is the binary divergence p ln(p/p0) + (1-p) ln((1-p)/(1-p0)), in nats a sequence.
     """
     p0 = np.clip(np.asarray(p0, dtype=float), 1e-12, 1 - 1e-12)
-    p = 1 / (1 + np.exp(-(np.log(p0 / (1 - p0)) + np.asarray(tilts, dtype=float)[:, None])))
+    p = expit(logit(p0) + np.asarray(tilts, dtype=float)[:, None])
     return p.mean(1), binary_kl(p, p0).mean(1)
 
 
 def binary_kl(p, p0):
     """p ln(p/p0) + (1-p) ln((1-p)/(1-p0)), in nats; zero where p is 0 or 1 and p0 is the same."""
     p, p0 = np.asarray(p, dtype=float), np.asarray(p0, dtype=float)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        yes, no = p * np.log(p / p0), (1 - p) * np.log((1 - p) / (1 - p0))
-    return np.where(p > 0, yes, 0.0) + np.where(p < 1, no, 0.0)
+    return rel_entr(p, p0) + rel_entr(1 - p, 1 - p0)
 
 
 def above_limit(rate: float, kl: float, p0) -> float:
@@ -100,7 +99,7 @@ def calibration(margins, bins: int = 8) -> dict:
     margins = np.asarray(margins, dtype=float)
     if len(margins) == 0:
         raise ValueError("no margins: calibration needs at least one pair")
-    confidence = sigmoid(np.abs(margins))
+    confidence = expit(np.abs(margins))
     right = (margins > 0) + 0.5 * (margins == 0)
     _, group = np.unique(confidence, return_inverse=True)
     right = (np.bincount(group, right) / np.bincount(group))[group]  # equally confident pairs share: their order is nothing
@@ -108,15 +107,10 @@ def calibration(margins, bins: int = 8) -> dict:
     counts = np.array([len(part) for part in parts])
     means = np.array([(confidence[part].mean(), right[part].mean()) for part in parts])
     return {
-        "brier": float(np.mean(sigmoid(-margins) ** 2)),
+        "brier": float(np.mean(expit(-margins) ** 2)),
         "ece": float(np.sum(counts * np.abs(means[:, 0] - means[:, 1])) / len(margins)),
         "confidence": means[:, 0], "accuracy": means[:, 1], "count": counts,
     }  # fmt: skip
-
-
-def sigmoid(x):
-    """1 / (1 + e^-x), without overflow."""
-    return np.exp(-np.logaddexp(0, -np.asarray(x, dtype=float)))
 
 
 def drift(first: dict, second: dict) -> dict[str, float]:

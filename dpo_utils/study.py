@@ -14,6 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from scipy.stats import t
 
 from dpo_utils import rl, world
 from dpo_utils.checkpoints import write_file
@@ -125,8 +126,8 @@ class Lab:
         table = preference_table(self.model, self.tokenizer, self.held_out, profile)
         kl, error = mean_and_error(estimates["full"])
         out = {
-            "kl": kl, "kl_error": error, "k1": float(estimates["k1"].mean()), "k3": float(estimates["k3"].mean()),
-            "tokens": float(estimates["tokens"].mean()), "accuracy": float(wins(table["margins"], 0).mean()),
+            "kl": kl, "kl_error": error, "tokens": float(estimates["tokens"].mean()),
+            "accuracy": float(wins(table["margins"], 0).mean()),
             "margin": float(table["margins"].mean() / profile.beta),
             "chosen": float(np.mean(table["policy_chosen"] - table["ref_chosen"])),
             "rejected": float(np.mean(table["policy_rejected"] - table["ref_rejected"])),
@@ -205,8 +206,6 @@ def last(runs, key: str) -> list[float]:
 
 def across_seeds(values) -> tuple[float, float, float]:
     """(mean, low, high): mean over seeds with a 95 % t interval; with one seed the interval is the point."""
-    from scipy.stats import t
-
     values = np.asarray(values, dtype=float)
     mean = float(values.mean())
     if len(values) < 2:

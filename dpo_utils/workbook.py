@@ -35,7 +35,7 @@ def execute(path: Path, target: Path) -> float:
     notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
     client = NotebookClient(
         notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=["--IPKernelApp.log_level=40"],
+        extra_arguments=["--IPKernelApp.log_level=40"],  # errors alone: its warnings would cut our lines in two
     )  # fmt: skip
     try:
         client.execute()
