@@ -5,6 +5,7 @@ two completions, a demonstration one with one.
 """
 
 from dataclasses import dataclass
+from heapq import heappush, heapreplace
 
 import torch
 
@@ -253,26 +254,28 @@ def pack_rows(rows, pad_id: int) -> SharedRows:
 
 
 def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of rows of item numbers: similar lengths together, rows and batches within their token budgets.
+    """Micro-batches of rows of item numbers: rows of much the same length, rows and batches within their token budgets.
 
     An item longer than a budget still gets a row, or a micro-batch, of its own.
     """
     shared = common_prefix([prompt for prompt, _ in items])
-    order = sorted(range(len(items)), key=lambda i: (item_length(items[i]), i))
-    rows, used = [], 0
-    for i in order:
-        length = item_length(items[i])
-        if rows and used + length - shared <= row_tokens:
-            rows[-1].append(i)
-            used += length - shared
+    room = max(1, row_tokens - shared)
+    sizes = [item_length(item) - shared for item in items]  # what an item adds to a row
+    least = -(-sum(min(size, room) for size in sizes) // room)
+    enough = len(_spread(sizes, room, least))
+    return _fill([(row, shared + length) for length, _, row in _spread(sizes, room, enough)], micro_tokens)
+
+
+def _spread(sizes, room: int, count: int) -> list[tuple[int, int, list[int]]]:
+    """Item numbers in `count` rows (more if they do not fit), longest first, each to the shortest row so far."""
+    rows = [(0, n, []) for n in range(count)]  # a heap of (length, row number, items): the shortest row on top
+    for i in sorted(range(len(sizes)), key=lambda i: (-sizes[i], i)):
+        length, number, row = rows[0]
+        if row and length + sizes[i] > room:
+            heappush(rows, (sizes[i], len(rows), [i]))
         else:
-            rows.append([i])
-            used = length
-    return _fill([(row, _row_length(row, items, shared)) for row in rows], micro_tokens)
-
-
-def _row_length(row, items, shared: int) -> int:
-    return sum(item_length(items[i]) for i in row) - shared * (len(row) - 1)
+            heapreplace(rows, (length + sizes[i], number, [*row, i]))
+    return [row for row in rows if row[2]]
 
 
 def _fill(rows, micro_tokens: int):
