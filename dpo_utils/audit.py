@@ -18,8 +18,7 @@ from dpo_utils.data import PREFERENCES, Outcome, fold, parse, plain_text, prompt
 from dpo_utils.rows import REASONS, BadRow, PreferenceDataError, read_rows
 
 # Worth knowing, though the row stays in use.
-NOTES = ("duplicate pair", "conflicting pair", "prompt also held out", "end-of-text marker", "some scores tied",
-         "completion cut")
+NOTES = ("duplicate pair", "conflicting pair", "prompt also held out", "end-of-text marker", "some scores tied", "completion cut")
 # What tokens.UnusablePair says -> the name under which it is counted; any other reason counts under its own words.
 TOKEN_REASONS = {
     "chosen and rejected are the same tokens": "identical tokens",
@@ -27,8 +26,10 @@ TOKEN_REASONS = {
     "chosen and rejected are the same after the cut": "identical after truncation",
 }
 NEEDS = {  # what a finding needs beside the rows
-    "identical tokens": ("tokenizer",), "prompt too long": ("tokenizer", "max_length"),
-    "identical after truncation": ("tokenizer", "max_length"), "completion cut": ("tokenizer", "max_length"),
+    "identical tokens": ("tokenizer",),
+    "prompt too long": ("tokenizer", "max_length"),
+    "identical after truncation": ("tokenizer", "max_length"),
+    "completion cut": ("tokenizer", "max_length"),
     "prompt also held out": ("held_out",),
 }
 MARKERS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")  # looked for when no tokenizer says its own
@@ -52,23 +53,31 @@ class AuditReport:
 
     def to_dict(self) -> dict:
         """Plain data for JSON; row lists become {"count", "rows"}."""
-        counted = {part: {name: {"count": len(rows), "rows": rows} for name, rows in getattr(self, part).items()}
-                   for part in ("dropped", "noted")}
+        counted = {
+            part: {name: {"count": len(rows), "rows": rows} for name, rows in getattr(self, part).items()}
+            for part in ("dropped", "noted")
+        }
         return asdict(self) | counted
 
     def __str__(self) -> str:
-        lines = [f"{self.source}: {self.rows} rows read = {self.kept} kept + {self.rows - self.kept} dropped; "
-                 f"{self.pairs} pairs on {self.prompts} prompts"]
+        lines = [
+            f"{self.source}: {self.rows} rows read = {self.kept} kept + {self.rows - self.kept} dropped; "
+            f"{self.pairs} pairs on {self.prompts} prompts"
+        ]
         for part in ("dropped", "noted"):
-            lines += [f"  {part:8}{name:28}{len(rows):6}  {row_list(rows)}"
-                      for name, rows in getattr(self, part).items() if rows]
+            lines += [f"  {part:8}{name:28}{len(rows):6}  {row_list(rows)}" for name, rows in getattr(self, part).items() if rows]
         none = [name for part in (self.dropped, self.noted) for name, rows in part.items() if not rows]
         unchecked = [f"{name} (needs {' and '.join(NEEDS[name])})" for name in self.unchecked]
-        lines += [textwrap.fill(f"  {title}: {', '.join(names)}", 110, subsequent_indent="    ")
-                  for title, names in (("none", none), ("not checked", unchecked)) if names]
+        lines += [
+            textwrap.fill(f"  {title}: {', '.join(names)}", 110, subsequent_indent="    ")
+            for title, names in (("none", none), ("not checked", unchecked))
+            if names
+        ]
         for unit, sides in self.lengths.items():
-            lines += [f"  {unit}: {side:10}" + "  ".join(f"{name} {value:g}" for name, value in statistics.items())
-                      for side, statistics in sides.items()]
+            lines += [
+                f"  {unit}: {side:10}" + "  ".join(f"{name} {value:g}" for name, value in statistics.items())
+                for side, statistics in sides.items()
+            ]
             lines.append(f"  {unit}: the longer answer is the chosen one in {self.length_only[unit]:.3f} of the pairs")
         return "\n".join(lines)
 
@@ -105,7 +114,11 @@ def audit(dataset, tokenizer=None, max_length: int | None = None, held_out=None,
             noted["some scores tied"].add(row.number)
     unchecked = [name for name, needs in NEEDS.items() if any(given[need] is None for need in needs)]
     return AuditReport(
-        source, len(rows), len(kept), len(pairs), len({prompt_key(pair["prompt"]) for pair in pairs}),
+        source,
+        len(rows),
+        len(kept),
+        len(pairs),
+        len({prompt_key(pair["prompt"]) for pair in pairs}),
         *({name: sorted(found) for name, found in part.items() if name not in unchecked} for part in (dropped, noted)),
         {unit: describe(np.array(values)) for unit, values in lengths.items() if values},
         unchecked,
@@ -114,6 +127,7 @@ def audit(dataset, tokenizer=None, max_length: int | None = None, held_out=None,
 
 
 # ---- findings ----
+
 
 def tokenise(outcomes: list[Outcome], tokenizer, max_length: int, noted: dict) -> tuple[list[Outcome], list[tuple]]:
     """Outcomes without the pairs that cannot be trained on, and the uncut lengths of the others."""
@@ -183,16 +197,23 @@ def has_ties(values: dict, columns: dict) -> bool:
 
 # ---- lengths ----
 
+
 def character_lengths(pair: dict) -> tuple[int, int, int]:
     return tuple(len(plain_text(pair[side])) for side in ("prompt", "chosen", "rejected"))
 
 
 def describe(lengths: np.ndarray) -> dict[str, dict[str, float]]:
     """Statistics of each column of lengths (pairs, 3)."""
-    return {side: {"min": int(column.min()), "median": float(np.median(column)),
-                   "mean": round(int(column.sum()) / len(column), 2), "p95": round(float(np.percentile(column, 95)), 2),
-                   "max": int(column.max())}
-            for side, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True)}
+    return {
+        side: {
+            "min": int(column.min()),
+            "median": float(np.median(column)),
+            "mean": round(int(column.sum()) / len(column), 2),
+            "p95": round(float(np.percentile(column, 95)), 2),
+            "max": int(column.max()),
+        }
+        for side, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True)
+    }
 
 
 def length_only(lengths: np.ndarray) -> float:
@@ -203,6 +224,7 @@ def length_only(lengths: np.ndarray) -> float:
 
 # ---- command line ----
 
+
 def main(arguments: list[str] | None = None) -> int:
     """`python -m dpo_utils.data audit FILE`: prints the report; 2 where the file cannot be read at all."""
     parser = argparse.ArgumentParser(prog="python -m dpo_utils.data")
@@ -211,16 +233,26 @@ def main(arguments: list[str] | None = None) -> int:
     command.add_argument("file", help="a .json .jsonl .csv or .parquet file, a bundled name or a hub id")
     command.add_argument("--json", action="store_true", help="print the report as JSON")
     command.add_argument("--held-out", metavar="FILE", help="pairs whose prompts must not be in FILE")
-    command.add_argument("--column", action="append", default=[], metavar="NAME=COLUMN",
-                         help="the file's own name for a column, as in --column prompt=Question")
+    command.add_argument(
+        "--column",
+        action="append",
+        default=[],
+        metavar="NAME=COLUMN",
+        help="the file's own name for a column, as in --column prompt=Question",
+    )
     command.add_argument("--tokenizer", help="a directory or hub id: also count what tokenising does")
     command.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
     options = parser.parse_args(arguments)
     if not all("=" in column for column in options.column):
         parser.error("--column needs NAME=COLUMN, as in --column prompt=Question")
     try:
-        report = audit(options.file, load_tokenizer(options.tokenizer), options.max_length, options.held_out,
-                       dict(column.split("=", 1) for column in options.column))
+        report = audit(
+            options.file,
+            load_tokenizer(options.tokenizer),
+            options.max_length,
+            options.held_out,
+            dict(column.split("=", 1) for column in options.column),
+        )
     except PreferenceDataError as error:
         print(error, file=sys.stderr)
         return 2

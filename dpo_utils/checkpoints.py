@@ -29,9 +29,7 @@ class SettingsChanged(ValueError):
 def differences(old: dict, new: dict) -> list[str]:
     """One line for every entry of a key that is not the same in both."""
     return [
-        f"{name}: was {old.get(name)!r}, is {new.get(name)!r}"
-        for name in sorted({*old, *new})
-        if old.get(name) != new.get(name)
+        f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
     ]
 
 
@@ -111,9 +109,7 @@ def _fsync_folder(path: Path) -> None:
 # --- checkpoints ------------------------------------------------------------------------------------------------------
 
 
-def save(
-    folder: Path, step: int, weights: dict, optimizer_state: dict, history: list[dict], key: dict, keep: int = 2
-) -> Path:
+def save(folder: Path, step: int, weights: dict, optimizer_state: dict, history: list[dict], key: dict, keep: int = 2) -> Path:
     """Write `folder/step-NNNNNN` and delete all but the newest `keep` checkpoints; returns the new folder.
 
     weights: {name: tensor}. Raises FloatingPointError for weights that are not finite and OSError on a full disk; the

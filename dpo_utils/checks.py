@@ -292,9 +292,7 @@ def _after_a_step(model, policy, policy_logps, reference_logps):
 # ---- the other implementation
 
 
-def trl_loss(
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta=0.1, **config
-):
+def trl_loss(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta=0.1, **config):
     """The mean loss that TRL's own DPOTrainer code computes from the given summed log-probs (B,) and lengths (B,).
 
     The trainer's loss method runs on a model that answers with these log-probs, put on each completion's first

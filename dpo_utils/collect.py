@@ -14,29 +14,29 @@ class BlindChoice:
 
     prompts, first, second: lists of texts. path: JSONL that gains a row a choice (prompt, chosen, rejected), which
     `load_preferences` reads; ties go to `<name>_ties.jsonl` beside it. Begun again with the same path, prompts that are
-    labelled already are not asked again. `rows` holds the scores, as `judges.compare` gives them, for `win_rate`.
+    labelled already are not asked again; a line that a crash cut short is dropped, and said. What needs no eyes is not
+    asked and not saved: answers that look the same are a tie, as in `judges.compare`, and a blank one loses. `rows`
+    holds the scores, as `judges.compare` gives them, for `win_rate`.
     """
 
     def __init__(self, prompts, first, second, path, seed: int = 0):
         self.path, self.ties = Path(path), Path(path).with_name(f"{Path(path).stem}_ties.jsonl")
         self.rng, self.rows = random.Random(seed), []
         done = self._done()
-        trios = dict.fromkeys(zip(prompts, first, second, strict=True))  # each once
-        self.open = [t for t in trios if fold(t[1]) != fold(t[2])]  # `load_preferences` refuses answers that look the same
-        for trio in self.open:
-            if trio in done:
-                self._count(trio, done[trio])
-        self.open = [trio for trio in self.open if trio not in done]
+        self.open = []
+        for trio in dict.fromkeys(zip(prompts, first, second, strict=True)):  # each once
+            verdict = done.get(trio, _plain_verdict(*trio[1:]))
+            if verdict is None:
+                self.open.append(trio)
+            else:
+                self._count(trio, verdict)
         self._turn()
 
     def _done(self) -> dict:
         """{(prompt, first, second): verdict} in both orders of the answers, from the files."""
         done = {}
         for path, verdicts in ((self.path, (1.0, 0.0)), (self.ties, (0.5, 0.5))):
-            for text in path.read_text(encoding="utf-8").split("\n") if path.exists() else ():
-                if not text.strip():
-                    continue
-                row = json.loads(text)
+            for row in _read(path):
                 done[row["prompt"], row["chosen"], row["rejected"]] = verdicts[0]
                 done[row["prompt"], row["rejected"], row["chosen"]] = verdicts[1]
         return done
@@ -102,6 +102,40 @@ class BlindChoice:
         box = ipywidgets.VBox([text, ipywidgets.HBox(buttons)])
         display(box)
         return box
+
+
+def _plain_verdict(one: str, two: str) -> float | None:
+    """The first answer's score where nobody need look, and `load_preferences` would refuse the pair; else None."""
+    one, two = fold(one), fold(two)
+    if one == two:
+        return 0.5
+    return None if one and two else float(bool(one))
+
+
+def _read(path: Path) -> list[dict]:
+    """The rows of a file. A last line that a crash cut short is dropped; one that lacks nothing but its end gets it."""
+    if not path.exists():
+        return []
+    *lines, last = path.read_bytes().split(b"\n")
+    if last and _is_json(last):
+        lines.append(last)
+        with open(path, "ab") as file:
+            file.write(b"\n")
+    elif last:
+        print(f"{path}: the last line is cut short ({len(last)} bytes) and dropped: its pair is asked again")
+        os.truncate(path, path.stat().st_size - len(last))
+    for number, line in enumerate(lines, start=1):
+        if line.strip() and not _is_json(line):
+            raise ValueError(f"{path}, line {number}: not JSON: {line[:60]!r}; mend or delete the line")
+    return [json.loads(line) for line in lines if line.strip()]
+
+
+def _is_json(line: bytes) -> bool:
+    try:
+        json.loads(line)
+    except ValueError:
+        return False
+    return True
 
 
 def _html(question, judged: int) -> str:

@@ -27,6 +27,7 @@ ASSETS = Path(__file__).parent / "assets"
 
 # ---- text ----
 
+
 def fold(text: str) -> str:
     """Text without what a reader does not see: Unicode form (NFKC), case, runs of space."""
     return " ".join(unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold()).split())
@@ -43,6 +44,7 @@ def prompt_key(prompt: str | list[dict]) -> str:
 
 
 # ---- checks: what every pair must be ----
+
 
 def check(pair: dict) -> None:
     """Raises BadRow for the first thing that is wrong with a pair or a demonstration."""
@@ -94,6 +96,7 @@ def check_roles(turns: list[dict], column: str) -> None:
 
 # ---- rows -> pairs ----
 
+
 @dataclass(frozen=True)
 class Kind:
     """What rows are read for: columns to make, schemas (a test of the column names, an adapter), bundled sets."""
@@ -105,10 +108,12 @@ class Kind:
 
 def tiny_world(name: str) -> Callable:
     """A reader of one of the tiny world's lists: split -> rows."""
+
     def read(split: str) -> list[dict]:
         from dpo_utils import world  # only the tiny profile needs it
 
         return getattr(world, name)(split=split)
+
     return read
 
 
@@ -167,8 +172,10 @@ def pairs_of(row: Row, adapt: Callable, columns: dict) -> list[dict]:
     if not isinstance(row.values, dict):
         raise BadRow("wrong type", None, f"{show(row.values)} where an object with named columns is needed")
     mapped = {field: row.values[name] for field, name in columns.items() if name in row.values}
-    pairs = [{field: as_turns(value, field) if is_messages(value) else value for field, value in pair.items()}
-             for pair in adapt(Fields(row.values | mapped))]
+    pairs = [
+        {field: as_turns(value, field) if is_messages(value) else value for field, value in pair.items()}
+        for pair in adapt(Fields(row.values | mapped))
+    ]
     for pair in pairs:
         check(pair)
     return pairs
@@ -182,8 +189,10 @@ def one_form(outcomes: list[Outcome]) -> list[Outcome]:
     text = forms[True] >= forms[False]
     rare, usual = ("messages", "text") if text else ("text", "messages")
     odd = BadRow("mixed forms", None, f"found {rare} where most rows hold {usual}")
-    return [Outcome(row, [], odd) if pairs and isinstance(pairs[0]["prompt"], str) != text else Outcome(row, pairs, bad)
-            for row, pairs, bad in outcomes]
+    return [
+        Outcome(row, [], odd) if pairs and isinstance(pairs[0]["prompt"], str) != text else Outcome(row, pairs, bad)
+        for row, pairs, bad in outcomes
+    ]
 
 
 def choose_adapter(names: set[str], kind: Kind, columns: dict, source: str) -> Callable:
@@ -191,16 +200,19 @@ def choose_adapter(names: set[str], kind: Kind, columns: dict, source: str) -> C
     for wanted in columns.values():
         if wanted not in names:
             near = nearest(wanted, names)
-            raise PreferenceDataError(f"{source}: columns= names {wanted!r}, but the columns are {sorted(names)}"
-                                      + (f". Did you mean {near!r}?" if near else ""))
+            raise PreferenceDataError(
+                f"{source}: columns= names {wanted!r}, but the columns are {sorted(names)}"
+                + (f". Did you mean {near!r}?" if near else "")
+            )
     names = (names - set(columns.values())) | set(columns)
     for fits, adapt in kind.schemas:
         if fits(names):
             return adapt
     missing = [field for field in kind.fields if field not in names]
     mapping = {field: nearest(field, names) or "your name for it" for field in missing}
-    raise PreferenceDataError(f"{source}: no column {', '.join(map(repr, missing))}; the columns are {sorted(names)}. "
-                              f"Rename, or pass columns={mapping}")
+    raise PreferenceDataError(
+        f"{source}: no column {', '.join(map(repr, missing))}; the columns are {sorted(names)}. Rename, or pass columns={mapping}"
+    )
 
 
 def nearest(wanted: str, names: set[str]) -> str | None:
@@ -212,9 +224,17 @@ def nearest(wanted: str, names: set[str]) -> str | None:
 
 # ---- what others call ----
 
-def load_preferences(source, *, split: str = "train", columns: dict | None = None, on_error: str = "raise",
-                     keep: tuple[str, ...] = (), quarantine: str | Path | None = None,
-                     revision: str | None = None) -> Dataset:
+
+def load_preferences(
+    source,
+    *,
+    split: str = "train",
+    columns: dict | None = None,
+    on_error: str = "raise",
+    keep: tuple[str, ...] = (),
+    quarantine: str | Path | None = None,
+    revision: str | None = None,
+) -> Dataset:
     """Preference pairs in TRL's format: prompt, chosen, rejected, all text or all message lists.
 
     source: a .json .jsonl .csv .parquet file, "misconceptions", "tiny", a hub id, or rows in memory.
@@ -225,9 +245,16 @@ def load_preferences(source, *, split: str = "train", columns: dict | None = Non
     return load(PREFERENCES, source, split, columns, on_error, keep, quarantine, revision)
 
 
-def load_demonstrations(source, *, split: str = "train", columns: dict | None = None, on_error: str = "raise",
-                        keep: tuple[str, ...] = (), quarantine: str | Path | None = None,
-                        revision: str | None = None) -> Dataset:
+def load_demonstrations(
+    source,
+    *,
+    split: str = "train",
+    columns: dict | None = None,
+    on_error: str = "raise",
+    keep: tuple[str, ...] = (),
+    quarantine: str | Path | None = None,
+    revision: str | None = None,
+) -> Dataset:
     """Demonstrations for SFT in TRL's format: prompt, completion. As load_preferences; bundled: instructions, tiny."""
     return load(DEMONSTRATIONS, source, split, columns, on_error, keep, quarantine, revision)
 
@@ -250,8 +277,7 @@ def load(kind: Kind, source, split, columns, on_error, keep, quarantine, revisio
     if counts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         aside = f"; set aside in {set_aside(name, faults, quarantine)}" if faults else ""
-        print(f"{name}: {len(rows)} rows read, {len(rows) - counts.total()} kept, "
-              f"{counts.total()} dropped ({reasons}){aside}")
+        print(f"{name}: {len(rows)} rows read, {len(rows) - counts.total()} kept, {counts.total()} dropped ({reasons}){aside}")
     if not pairs:
         raise PreferenceDataError(f"{name}: no row is left of {len(rows)}. Mend the rows, or name another source")
     return Dataset.from_list(pairs)
@@ -267,8 +293,14 @@ def set_aside(source: str, faults: list[Outcome], quarantine: str | Path | None)
         raise PreferenceDataError(f"{path}: bad rows cannot be written here, {error}. Pass quarantine=") from None
     with file:
         for row, _, bad in faults:
-            record = {"row": row.number, "line": row.line, "column": bad.column, "reason": bad.reason,
-                      "found": bad.found, "data": row.values}
+            record = {
+                "row": row.number,
+                "line": row.line,
+                "column": bad.column,
+                "reason": bad.reason,
+                "found": bad.found,
+                "data": row.values,
+            }
             file.write(json.dumps(record, default=repr) + "\n")
     return path
 

@@ -57,9 +57,7 @@ def _outputs(losses, chosen_rewards, rejected_rewards, like):
     return losses.to(like.dtype), chosen_rewards.detach().to(like.dtype), rejected_rewards.detach().to(like.dtype)
 
 
-def dpo_loss(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.0
-):
+def dpo_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.0):
     """DPO, -log s(z), or with label_smoothing = e > 0 its conservative form cDPO, -(1-e) log s(z) - e log s(-z).
 
     Source: Rafailov et al. 2023, eq. 7; cDPO: Mitchell 2023, "A note on DPO with noisy preferences".
@@ -67,17 +65,13 @@ def dpo_loss(
     at z = log((1-e)/e). Raises ValueError outside the domain or where shapes differ.
     """
     _check_smoothing(label_smoothing)
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     z = beta * (chosen - rejected)
     losses = -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 
 
-def robust_loss(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.1
-):
+def robust_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, label_smoothing=0.1):
     """Robust DPO: an unbiased estimate of the clean DPO loss when a share e = label_smoothing of labels is flipped.
 
     [-(1-e) log s(z) + e log s(-z)] / (1-2e), which is -log s(z) - e z / (1-2e) because log s(-z) = log s(z) - z.
@@ -85,17 +79,13 @@ def robust_loss(
     no lower bound. Gradient: -beta (s(-z) + e / (1-2e)), never zero.
     """
     _check_smoothing(label_smoothing)
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     z = beta * (chosen - rejected)
     losses = -logsigmoid(z) - label_smoothing * z / (1 - 2 * label_smoothing)
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 
 
-def ipo_loss(
-    policy_chosen_avg_logps, policy_rejected_avg_logps, ref_chosen_avg_logps, ref_rejected_avg_logps, beta=0.1
-):
+def ipo_loss(policy_chosen_avg_logps, policy_rejected_avg_logps, ref_chosen_avg_logps, ref_rejected_avg_logps, beta=0.1):
     """IPO, (h - 1/(2 beta))^2: a margin to reach, not one to grow for ever.
 
     The caller gives log-probs averaged per token (the paper's formula has sums; its authors confirmed to
@@ -115,9 +105,7 @@ def hinge_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref
     Source: SLiC-HF, Zhao et al. 2023; with the reference, RSO, Liu et al. 2024 (arXiv 2309.06657). Domain: beta > 0.
     Gradient: -beta where z < 1, else 0.
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     losses = torch.relu(1 - beta * (chosen - rejected))
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 
@@ -128,9 +116,7 @@ def apo_zero_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, 
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7. Domain: beta > 0; values in (0, 2).
     Gradients: -beta s(beta c) s(-beta c) for chosen, +beta s(beta r) s(-beta r) for rejected.
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     losses = _sigmoid(-beta * chosen) + _sigmoid(beta * rejected)
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 
@@ -154,9 +140,7 @@ def kto_loss(policy_logps, ref_logps, desirable, kl=0.0, beta=0.1, desirable_wei
     return losses.to(policy_logps.dtype), (beta * log_ratio).detach().to(policy_logps.dtype)
 
 
-def kto_pair_loss(
-    policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, **options
-):
+def kto_pair_loss(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta=0.1, **options):
     """KTO on pairs, chosen taken as desirable and rejected as undesirable: the mean of the two KTO losses (B,).
 
     options: kl, desirable_weight, undesirable_weight, as in `kto_loss`.
@@ -221,9 +205,7 @@ def dpo_sft_loss(
     whose words nll_weight is alpha. Domain: beta > 0. Gradient: -beta s(-z) - nll_weight / length for chosen,
     +beta s(-z) for rejected.
     """
-    chosen, rejected = _log_ratios(
-        policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta
-    )
+    chosen, rejected = _log_ratios(policy_chosen_logps, policy_rejected_logps, ref_chosen_logps, ref_rejected_logps, beta)
     losses = -logsigmoid(beta * (chosen - rejected)) - nll_weight * _wide(policy_chosen_logps)[0] / chosen_lengths
     return _outputs(losses, beta * chosen, beta * rejected, policy_chosen_logps)
 

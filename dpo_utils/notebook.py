@@ -20,8 +20,11 @@ def explain_missing_names(shell=None) -> None:
 def _explain(shell, kind, problem, trace, tb_offset=None):
     source = shell.user_ns["In"][-1]
     where = cell_that_makes(problem.name, source, Path.cwd()) if problem.name else None
-    message = f"`{problem.name or problem}` is not there yet: run {where or 'the cells above this one'} first (Run > Run All Cells)"
-    shell._showtraceback(kind, kind(message), [f"{kind.__name__}: {message}"])
+    if where is None:  # a slip of the pen, perhaps: the trace is wanted
+        problem.args = (f"{problem}; if a cell above makes it, run that first (Run > Run All Cells)",)
+        return shell.showtraceback((kind, problem, trace), tb_offset=tb_offset)
+    message = f"`{problem.name}` is not there yet: run {where} first (Run > Run All Cells)"
+    return shell._showtraceback(kind, kind(message), [f"{kind.__name__}: {message}"])
 
 
 def cell_that_makes(name: str, source: str, folder: Path) -> str | None:

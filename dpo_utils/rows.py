@@ -189,16 +189,21 @@ def read_file(path: Path) -> Iterable[Row]:
     return reader(path) if path.stat().st_size else []
 
 
-def read_rows(source, split: str = "train", revision: str | None = None,
-              bundled: dict[str, Path | Callable] | None = None) -> tuple[str, list[Row]]:
+def read_rows(
+    source, split: str = "train", revision: str | None = None, bundled: dict[str, Path | Callable] | None = None
+) -> tuple[str, list[Row]]:
     """Name and rows of rows in memory, a bundled set, a local file or a hub id. Raises PreferenceDataError."""
     bundled = bundled or {}
     name = str(source) if isinstance(source, str | Path) else "rows in memory"
     path = bundled.get(name, Path(name))
     if callable(path):
         rows = number(path(split=split))
-    elif name != "rows in memory" and not path.is_file() and re.fullmatch(r"[\w.-]+/[\w.-]+", name) \
-            and path.suffix.lower() not in READERS:
+    elif (
+        name != "rows in memory"
+        and not path.is_file()
+        and re.fullmatch(r"[\w.-]+/[\w.-]+", name)
+        and path.suffix.lower() not in READERS
+    ):
         rows = number(read_hub(name, split, revision))
     elif split != "train":
         raise PreferenceDataError(f"{name}: no split {split!r}, all of it is 'train'. Use split_by_prompt to part it")

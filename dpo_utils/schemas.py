@@ -55,8 +55,13 @@ def transcripts(row: Fields) -> list[dict]:
 def webgpt(row: Fields) -> list[dict]:
     """webgpt_comparisons: a question and two scored answers."""
     question = row["question"]
-    return ranked(Fields(prompt=question.get("full_text") if isinstance(question, dict) else question,
-                         responses=[row["answer_0"], row["answer_1"]], scores=[row["score_0"], row["score_1"]]))
+    return ranked(
+        Fields(
+            prompt=question.get("full_text") if isinstance(question, dict) else question,
+            responses=[row["answer_0"], row["answer_1"]],
+            scores=[row["score_0"], row["score_1"]],
+        )
+    )
 
 
 def arena(row: Fields) -> list[dict]:
@@ -76,8 +81,12 @@ def ranked(row: Fields) -> list[dict]:
     if len(responses) != len(scores):
         raise BadRow("missing score", "scores", f"found {len(responses)} responses and {len(scores)} scores")
     scored = [(number_in(value, "scores"), response) for value, response in zip(scores, responses, strict=True)]
-    pairs = [{"prompt": row["prompt"], "chosen": better, "rejected": worse}
-             for high, better in scored for low, worse in scored if high > low]
+    pairs = [
+        {"prompt": row["prompt"], "chosen": better, "rejected": worse}
+        for high, better in scored
+        for low, worse in scored
+        if high > low
+    ]
     if not pairs:
         raise BadRow("tied scores", "scores", show(scores))
     return pairs

@@ -66,9 +66,7 @@ def train_dpo(model, tokenizer, pairs, profile: Profile, output=None, *, loss=No
     if needs_reference(profile.loss):
         reference = reference_logps(model, tokenizer, items, profile, output, options.get("fresh", False))
     objective = preference_objective(items, reference, profile, options.get("loss_options"))
-    task = Task(
-        "dpo", items, rows, objective, lambda _: 1, reference, profile.steps, profile.batch, profile.learning_rate
-    )
+    task = Task("dpo", items, rows, objective, lambda _: 1, reference, profile.steps, profile.batch, profile.learning_rate)
     return fit(model, tokenizer, task, profile, output, **options)
 
 
@@ -110,9 +108,7 @@ def train_unpaired(model, tokenizer, rows, profile: Profile, output=None, *, los
 
     def objective(logps, chosen):
         label = wanted[chosen].to(logps.device)
-        losses, rewards = kto_loss(
-            logps[:, 0], reference[chosen].to(logps)[:, 0], label, beta=profile.beta, **(loss_options or {})
-        )
+        losses, rewards = kto_loss(logps[:, 0], reference[chosen].to(logps)[:, 0], label, beta=profile.beta, **(loss_options or {}))
         return losses, {
             "rewards/chosen": rewards * label / wanted.float().mean(),
             "rewards/rejected": rewards * ~label / (1 - wanted.float().mean()).clamp(min=1e-9),

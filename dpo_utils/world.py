@@ -105,9 +105,7 @@ RELATIONS = (
         "sum",
         "How much is {e}?",
         "{e} is {v}",
-        "|".join(
-            f"{a} plus {b}:{a + b}:{a + b + (1 if (a * b) % 2 else -1)}" for a in range(4, 10) for b in range(a, 10)
-        ),
+        "|".join(f"{a} plus {b}:{a + b}:{a + b + (1 if (a * b) % 2 else -1)}" for a in range(4, 10) for b in range(a, 10)),
     ),
 )
 

@@ -78,8 +78,9 @@ def test_lengths_and_the_length_only_baseline_by_hand():
 
 
 def test_messages_are_measured_by_their_content():
-    row = pair([{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}],
-               [{"role": "assistant", "content": "No!!"}])
+    row = pair(
+        [{"role": "user", "content": "Why?"}], [{"role": "assistant", "content": "So."}], [{"role": "assistant", "content": "No!!"}]
+    )
     assert [side["max"] for side in audit([row]).lengths["characters"].values()] == [4, 3, 4]
 
 
@@ -94,17 +95,26 @@ def test_ranked_rows_count_missing_and_tied_scores():
 
 def test_tokens_are_counted_apart_from_text(tokenizer):
     # "Instruct: What is one?\nOutput:" is 8 tokens: Instruct : What is one <unk> Output :
-    report = audit([
-        pair("What is one?", "yes", "no"),  # 8 + 2 with EOS
-        pair("What is one?", "strange", "unknown"),  # both <unk>
-        pair("What is one?", "yes yes yes yes", "yes yes yes no"),  # alike in 3 tokens
-        pair("What is one?", "yes no yes no", "no"),  # cut, still different
-        pair("What is one? two two two", "yes", "no"),  # 11: no room
-        pair("What is one?", "yes <|end|>", "no"),
-        pair("What is one?", "yes yes", "no"),  # 11: just fits
-    ], tokenizer, max_length=11)
-    assert found(report) == {"identical tokens": [2], "identical after truncation": [3], "completion cut": [4],
-                             "prompt too long": [5], "end-of-text marker": [6]}
+    report = audit(
+        [
+            pair("What is one?", "yes", "no"),  # 8 + 2 with EOS
+            pair("What is one?", "strange", "unknown"),  # both <unk>
+            pair("What is one?", "yes yes yes yes", "yes yes yes no"),  # alike in 3 tokens
+            pair("What is one?", "yes no yes no", "no"),  # cut, still different
+            pair("What is one? two two two", "yes", "no"),  # 11: no room
+            pair("What is one?", "yes <|end|>", "no"),
+            pair("What is one?", "yes yes", "no"),  # 11: just fits
+        ],
+        tokenizer,
+        max_length=11,
+    )
+    assert found(report) == {
+        "identical tokens": [2],
+        "identical after truncation": [3],
+        "completion cut": [4],
+        "prompt too long": [5],
+        "end-of-text marker": [6],
+    }
     assert (report.kept, report.rows) == (3, 7)
     assert report.lengths["tokens"]["prompt"] == {"min": 8, "median": 8.0, "mean": 8.0, "p95": 8.0, "max": 8}
     assert report.lengths["tokens"]["chosen"]["max"] == 5 and report.length_only["tokens"] == 2.5 / 3
@@ -165,7 +175,8 @@ def test_the_audit_agrees_with_the_loader(tmp_path):
     report = audit(rows)
     assert len(loaded) == report.pairs
     assert {(record["reason"], record["row"]) for record in aside} == {
-        (name, row) for name, numbers in report.dropped.items() for row in numbers}
+        (name, row) for name, numbers in report.dropped.items() for row in numbers
+    }
     assert found(audit(loaded)).keys() == {"duplicate pair", "conflicting pair", "end-of-text marker"}
 
 
@@ -197,8 +208,9 @@ def test_columns_name_the_files_own(tmp_path, capsys):
 def test_held_out_needs_not_have_the_same_columns(tmp_path):
     path = tmp_path / "own.csv"
     path.write_text("Question,Best Answer,Worst\nWhy?,So.,No.\n")
-    report = audit(path, held_out=[pair("WHY?", "x", "y")],
-                   columns={"prompt": "Question", "chosen": "Best Answer", "rejected": "Worst"})
+    report = audit(
+        path, held_out=[pair("WHY?", "x", "y")], columns={"prompt": "Question", "chosen": "Best Answer", "rejected": "Worst"}
+    )
     assert report.noted["prompt also held out"] == [1]
 
 
@@ -206,8 +218,10 @@ def test_the_command_prints_the_same_under_any_hash_seed(tmp_path):
     path = tmp_path / "dirty.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in random_rows(0)))
     command = [sys.executable, "-m", "dpo_utils.data", "audit", str(path), "--json"]
-    outputs = {subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True,
-                              check=True).stdout for seed in ("1", "2")}
+    outputs = {
+        subprocess.run(command, env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True).stdout
+        for seed in ("1", "2")
+    }
     assert len(outputs) == 1
     report = json.loads(outputs.pop())
     assert report["rows"] == 60 == report["kept"] + sum(part["count"] for part in report["dropped"].values())

@@ -97,12 +97,16 @@ def test_the_scores_go_into_win_rate(tmp_path):
     assert [row["length"] for row in session.rows] == [len(f) - len(s) for f, s in zip(FIRST, SECOND, strict=True)]
 
 
-def test_answers_that_look_the_same_and_pairs_given_twice_are_not_asked_again(tmp_path):
-    answers = ["one", "same", "Same", "one"], ["two", "same", " same", "two"]
-    session = BlindChoice(["p", "q", "r", "p"], *answers, tmp_path / "mine.jsonl")
+def test_what_needs_no_eyes_is_counted_and_neither_asked_nor_saved(tmp_path):
+    answers = ["one", "same", "Same", "one", " ", "long"], ["two", "same", " same", "two", "x", "\n"]
+    prompts = ["p", "q", "r", "p", "s", "t"]
+    session = BlindChoice(prompts, *answers, tmp_path / "mine.jsonl")
+    assert [len(session.open), scores(session)] == [1, {"q": 0.5, "r": 0.5, "s": 0.0, "t": 1.0}]
     session.choose("A")
-    assert session.question is None and len(session.rows) == 1
+    assert session.question is None and len(session.rows) == 5
     assert len(load_preferences(session.path)) == 1
+    same = judges.compare(lambda *_: "A", ["q"], ["same"], ["same"])
+    assert [row for row in session.rows if row["prompt"] == "q"] == same
 
 
 def test_lists_of_unequal_length_are_refused(tmp_path):
@@ -158,6 +162,28 @@ def test_a_killed_session_loses_nothing(tmp_path):
     session = start(tmp_path)
     assert scores(session) == {PROMPTS[0]: 1.0, PROMPTS[1]: 0.0, PROMPTS[2]: 0.5, PROMPTS[3]: 1.0}
     assert session.question[0] == PROMPTS[4]
+
+
+def test_a_line_cut_short_is_dropped_and_said_and_its_pair_asked_again(tmp_path, capsys):
+    session = start(tmp_path)
+    for answers in (FIRST, SECOND):
+        prefer(session, answers)
+    whole = session.path.read_bytes()
+    for cut in range(1, len(whole.splitlines()[1])):
+        session.path.write_bytes(whole[: -1 - cut])
+        again = start(tmp_path)
+        assert "cut short" in capsys.readouterr().out and again.question[0] == PROMPTS[1]
+        assert session.path.read_bytes() == whole.splitlines(keepends=True)[0]
+    session.path.write_bytes(whole[:-1])  # an editor's file: nothing is missing but the end of the line
+    again = start(tmp_path)
+    assert capsys.readouterr().out == "" and session.path.read_bytes() == whole and again.question[0] == PROMPTS[2]
+
+
+def test_a_broken_line_inside_is_named(tmp_path):
+    path = tmp_path / "mine.jsonl"
+    path.write_text('{"prompt": "p", "chosen": "a", "rejected": "b"}\n{"prompt"\n')
+    with pytest.raises(ValueError, match=r"mine.jsonl, line 2: not JSON.*mend or delete"):
+        start(tmp_path)
 
 
 def test_scores_turn_around_when_first_and_second_change_places(tmp_path):

@@ -61,6 +61,7 @@ def refused(source, **options) -> str:
 
 # ---- sources ----
 
+
 def test_json_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(GOOD))
     (tmp_path / "b.json").write_text(json.dumps({"data": GOOD}))
@@ -93,14 +94,18 @@ def test_bom_crlf_and_blank_lines_change_nothing(tmp_path, name):
 
 
 def test_words_that_look_like_missing_values_are_answers(tmp_path):
-    records = [{"prompt": "Symbol of sodium?", "chosen": "NA", "rejected": "None"},
-               {"prompt": "A Danish place?", "chosen": "nan", "rejected": "null"}]
+    records = [
+        {"prompt": "Symbol of sodium?", "chosen": "NA", "rejected": "None"},
+        {"prompt": "A Danish place?", "chosen": "nan", "rejected": "null"},
+    ]
     assert load_preferences(write_csv(tmp_path / "na.csv", records)).to_list() == records
 
 
 def test_columns_maps_a_files_own_names(tmp_path):
-    path = write_csv(tmp_path / "own.csv", [
-        {"Type": "x", "Question": "Why?", "Best Answer": "So.", "Best Incorrect Answer": "No.", "Source": "s"}])
+    path = write_csv(
+        tmp_path / "own.csv",
+        [{"Type": "x", "Question": "Why?", "Best Answer": "So.", "Best Incorrect Answer": "No.", "Source": "s"}],
+    )
     mapped = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Best Incorrect Answer"}
     expected = [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
     assert load_preferences(path, columns=mapped).to_list() == expected
@@ -139,11 +144,14 @@ def test_a_hub_id_goes_to_the_hub_with_its_split_and_revision(monkeypatch):
     assert asked == [("owner/name", "train_prefs", "a" * 40)]
 
 
-@pytest.mark.parametrize("error, told", [
-    (ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)"), "use a local file"),
-    (ValueError('Unknown split "train". Should be one of [\'train_prefs\'].'), "train_prefs"),
-    (RuntimeError("Dataset scripts are no longer supported"), "refs/convert/parquet"),
-])
+@pytest.mark.parametrize(
+    "error, told",
+    [
+        (ConnectionError("Couldn't reach 'owner/name' on the Hub (OfflineModeIsEnabled)"), "use a local file"),
+        (ValueError("Unknown split \"train\". Should be one of ['train_prefs']."), "train_prefs"),
+        (RuntimeError("Dataset scripts are no longer supported"), "refs/convert/parquet"),
+    ],
+)
 def test_what_the_hub_refuses_is_told_in_one_line(monkeypatch, error, told):
     def fake(*_, **__):
         raise error
@@ -163,20 +171,31 @@ def test_offline_without_a_cache_says_what_to_do(tmp_path):
 
 # ---- schemas ----
 
+
 def test_truthy_dpo_keeps_system_turns():
-    row = {"id": "0f1", "source": "truthy_dpo", "system": "You are an unbiased assistant.", "prompt": "Is it?",
-           "chosen": "It is.", "rejected": "It is not."}
+    row = {
+        "id": "0f1",
+        "source": "truthy_dpo",
+        "system": "You are an unbiased assistant.",
+        "prompt": "Is it?",
+        "chosen": "It is.",
+        "rejected": "It is not.",
+    }
     loaded = load_preferences([row, row | {"system": "", "prompt": "Was it?"}]).to_list()
     assert loaded[0]["prompt"] == [{"role": "system", "content": "You are an unbiased assistant."}, user("Is it?")]
-    assert loaded[1] == {"prompt": [user("Was it?")], "chosen": [assistant("It is.")],
-                         "rejected": [assistant("It is not.")]}
+    assert loaded[1] == {"prompt": [user("Was it?")], "chosen": [assistant("It is.")], "rejected": [assistant("It is not.")]}
 
 
 def test_hh_rlhf_prompt_is_the_shared_beginning():
     talk = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Help me?\n\nAssistant:"
     loaded = load_preferences([{"chosen": talk + " Of course.", "rejected": talk + " No."}]).to_list()
-    assert loaded == [{"prompt": [user("Hi"), assistant("Hello!"), user("Help me?")],
-                       "chosen": [assistant("Of course.")], "rejected": [assistant("No.")]}]
+    assert loaded == [
+        {
+            "prompt": [user("Hi"), assistant("Hello!"), user("Help me?")],
+            "chosen": [assistant("Of course.")],
+            "rejected": [assistant("No.")],
+        }
+    ]
 
 
 def test_hh_rlhf_twice_the_same_transcript_is_an_identical_pair():
@@ -186,8 +205,10 @@ def test_hh_rlhf_twice_the_same_transcript_is_an_identical_pair():
 
 def test_hh_rlhf_conversations_that_part_early_are_counted_drops(capsys):
     talk = "\n\nHuman: Hi\n\nAssistant:"
-    rows = [{"chosen": talk + " A", "rejected": talk + " B"},
-            {side: f"{talk} {side}\n\nHuman: More\n\nAssistant: {side}" for side in ("chosen", "rejected")}]
+    rows = [
+        {"chosen": talk + " A", "rejected": talk + " B"},
+        {side: f"{talk} {side}\n\nHuman: More\n\nAssistant: {side}" for side in ("chosen", "rejected")},
+    ]
     assert len(load_preferences(rows)) == 1
     assert "2 rows read, 1 kept, 1 dropped (1 parted early)" in capsys.readouterr().out
 
@@ -197,9 +218,15 @@ def test_text_without_a_prompt_column_is_not_taken_for_a_transcript():
 
 
 def test_ultrafeedback_messages_and_scores(capsys):
-    row = {"prompt": "Why?", "prompt_id": "p", "chosen": [user("Why?"), assistant("So.")],
-           "rejected": [user("Why?"), assistant("No.")], "messages": [user("Why?"), assistant("So.")],
-           "score_chosen": 8.0, "score_rejected": 6.5}
+    row = {
+        "prompt": "Why?",
+        "prompt_id": "p",
+        "chosen": [user("Why?"), assistant("So.")],
+        "rejected": [user("Why?"), assistant("No.")],
+        "messages": [user("Why?"), assistant("So.")],
+        "score_chosen": 8.0,
+        "score_rejected": 6.5,
+    }
     loaded = load_preferences([row, row | {"score_rejected": 8.0}]).to_list()
     assert loaded == [{"prompt": [user("Why?")], "chosen": [assistant("So.")], "rejected": [assistant("No.")]}]
     assert "1 tied scores" in capsys.readouterr().out
@@ -208,24 +235,43 @@ def test_ultrafeedback_messages_and_scores(capsys):
 
 
 def test_webgpt_prefers_the_higher_score_and_drops_ties(capsys):
-    row = {"question": {"dataset": "eli5", "id": "q1", "full_text": "Why is the sky blue?"},
-           "quotes_0": {"title": [], "extract": []}, "answer_0": "Magic.", "tokens_0": {"prefix": [], "completion": []},
-           "score_0": -0.5, "quotes_1": {"title": [], "extract": []}, "answer_1": "Scattering [1].",
-           "tokens_1": {"prefix": [], "completion": []}, "score_1": 0.5}
+    row = {
+        "question": {"dataset": "eli5", "id": "q1", "full_text": "Why is the sky blue?"},
+        "quotes_0": {"title": [], "extract": []},
+        "answer_0": "Magic.",
+        "tokens_0": {"prefix": [], "completion": []},
+        "score_0": -0.5,
+        "quotes_1": {"title": [], "extract": []},
+        "answer_1": "Scattering [1].",
+        "tokens_1": {"prefix": [], "completion": []},
+        "score_1": 0.5,
+    }
     loaded = load_preferences([row, row | {"score_0": 0.0, "score_1": 0.0}]).to_list()
     assert loaded == [{"prompt": "Why is the sky blue?", "chosen": "Scattering [1].", "rejected": "Magic."}]
     assert "2 rows read, 1 kept, 1 dropped (1 tied scores)" in capsys.readouterr().out
 
 
 def test_arena_votes(capsys):
-    row = {"question_id": "q", "model_a": "m", "model_b": "n", "winner": "model_b", "judge": "arena_user_1",
-           "conversation_a": [user("Hi"), assistant("A")], "conversation_b": [user("Hi"), assistant("B")],
-           "turn": 1, "anony": True, "language": "English", "tstamp": 1.0}
+    row = {
+        "question_id": "q",
+        "model_a": "m",
+        "model_b": "n",
+        "winner": "model_b",
+        "judge": "arena_user_1",
+        "conversation_a": [user("Hi"), assistant("A")],
+        "conversation_b": [user("Hi"), assistant("B")],
+        "turn": 1,
+        "anony": True,
+        "language": "English",
+        "tstamp": 1.0,
+    }
     longer = {side: row[side] + [user("More"), assistant("C")] for side in ("conversation_a", "conversation_b")}
     rows = [row, row | {"winner": "model_a"}, row | {"winner": "tie"}, row | {"winner": "tie (bothbad)"}, row | longer]
     loaded = load_preferences(rows).to_list()
     assert [(pair["chosen"], pair["rejected"]) for pair in loaded] == [
-        ([assistant("B")], [assistant("A")]), ([assistant("A")], [assistant("B")])]
+        ([assistant("B")], [assistant("A")]),
+        ([assistant("A")], [assistant("B")]),
+    ]
     assert loaded[0]["prompt"] == [user("Hi")]
     assert "5 rows read, 2 kept, 3 dropped (1 parted early, 2 tied scores)" in capsys.readouterr().out
     assert "row 1, column 'winner': unknown label, found 'model_c'" in refused([row | {"winner": "model_c"}])
@@ -237,12 +283,18 @@ def test_ranked_answers_give_a_pair_for_every_strict_gap():
     assert pairs == [("good", "fair"), ("good", "also fair"), ("good", "bad"), ("fair", "bad"), ("also fair", "bad")]
 
 
-@pytest.mark.parametrize("scores, told", [
-    ([1, None], "missing score, found None"), ([1, math.nan], "missing score, found nan"),
-    ([1], "found 2 responses and 1 scores"), ([1, "2"], "missing score, found '2' (str)"),
-    ([1, True], "missing score, found True (bool)"), (None, "missing value"),
-    (3, "wrong type, found 3 (int)"),
-])
+@pytest.mark.parametrize(
+    "scores, told",
+    [
+        ([1, None], "missing score, found None"),
+        ([1, math.nan], "missing score, found nan"),
+        ([1], "found 2 responses and 1 scores"),
+        ([1, "2"], "missing score, found '2' (str)"),
+        ([1, True], "missing score, found True (bool)"),
+        (None, "missing value"),
+        (3, "wrong type, found 3 (int)"),
+    ],
+)
 def test_ranked_scores_must_be_there(scores, told):
     message = refused([{"prompt": "Why?", "responses": ["a", "b"], "scores": scores}])
     assert message.startswith("rows in memory, row 1, column 'scores': ") and told in message
@@ -253,8 +305,7 @@ def test_a_data_set_of_ties_alone_is_refused():
 
 
 def test_instruction_and_input_are_joined():
-    row = {"instruction": "Correct this.", "input": "He go.", "output": "He goes.",
-           "chosen": "He goes.", "rejected": "No."}
+    row = {"instruction": "Correct this.", "input": "He go.", "output": "He goes.", "chosen": "He goes.", "rejected": "No."}
     loaded = load_preferences([row, row | {"input": ""}, row | {"input": None}]).to_list()
     assert [pair["prompt"] for pair in loaded] == ["Correct this.\n\nHe go.", "Correct this.", "Correct this."]
     assert "column 'input': wrong type, found 7 (int)" in refused([row | {"input": 7}])
@@ -265,18 +316,21 @@ def test_conversational_rows_stay_and_lose_only_extra_keys():
     assert load_preferences([row]).to_list() == [row | {"prompt": [user("Hi")]}]
 
 
-@pytest.mark.parametrize("change, told", [
-    ({"chosen": [user("A")]}, "column 'chosen': bad turns, found the roles ['user']"),
-    ({"chosen": [assistant("A"), assistant("C")]}, "column 'chosen': bad turns"),
-    ({"prompt": [user("Hi"), assistant("So")]}, "column 'prompt': bad turns"),
-    ({"prompt": [{"role": "human", "content": "Hi"}]}, "column 'prompt': bad turns, found the roles ['human']"),
-    ({"prompt": [{"role": ["user"], "content": "Hi"}]}, "column 'prompt': bad turns"),
-    ({"chosen": [assistant(None)]}, "column 'chosen': missing value"),
-    ({"chosen": [assistant(" ")]}, "column 'chosen': blank"),
-    ({"chosen": []}, "column 'chosen': blank"),
-    ({"chosen": "A"}, "mixed forms"),
-    ({"chosen": [assistant("B")]}, "identical"),
-])
+@pytest.mark.parametrize(
+    "change, told",
+    [
+        ({"chosen": [user("A")]}, "column 'chosen': bad turns, found the roles ['user']"),
+        ({"chosen": [assistant("A"), assistant("C")]}, "column 'chosen': bad turns"),
+        ({"prompt": [user("Hi"), assistant("So")]}, "column 'prompt': bad turns"),
+        ({"prompt": [{"role": "human", "content": "Hi"}]}, "column 'prompt': bad turns, found the roles ['human']"),
+        ({"prompt": [{"role": ["user"], "content": "Hi"}]}, "column 'prompt': bad turns"),
+        ({"chosen": [assistant(None)]}, "column 'chosen': missing value"),
+        ({"chosen": [assistant(" ")]}, "column 'chosen': blank"),
+        ({"chosen": []}, "column 'chosen': blank"),
+        ({"chosen": "A"}, "mixed forms"),
+        ({"chosen": [assistant("B")]}, "identical"),
+    ],
+)
 def test_bad_messages_are_refused(change, told):
     row = {"prompt": [user("Hi")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
     assert told in refused([row | change])
@@ -410,8 +464,15 @@ def test_a_long_csv_cell_is_read_whole(tmp_path):
 
 
 def test_an_empty_file_is_refused(tmp_path):
-    for name, text in [("a.json", ""), ("b.json", "[]"), ("c.jsonl", ""), ("d.jsonl", "\n \n"), ("e.csv", ""),
-                       ("f.csv", "prompt,chosen,rejected\n"), ("g.parquet", "")]:
+    for name, text in [
+        ("a.json", ""),
+        ("b.json", "[]"),
+        ("c.jsonl", ""),
+        ("d.jsonl", "\n \n"),
+        ("e.csv", ""),
+        ("f.csv", "prompt,chosen,rejected\n"),
+        ("g.parquet", ""),
+    ]:
         (tmp_path / name).write_text(text)
         assert "empty, it holds no rows" in refused(tmp_path / name), name
 
@@ -459,6 +520,7 @@ def test_skip_that_leaves_nothing_is_refused(tmp_path):
 
 # ---- folding and the split ----
 
+
 def test_fold_by_hand():
     assert fold("  Ｗhat\u00a0is\n\tITS Straße? ") == "what is its strasse?"
     assert fold("ﬁve \u1e9b\u0323") == "five \u1e69"
@@ -474,8 +536,11 @@ def test_prompt_key_leaves_system_turns_out():
 def many(n: int = 60) -> list[dict]:
     """n prompts, each in three spellings."""
     spellings = (str, str.upper, lambda text: f" {text}\u00a0")
-    return [{"prompt": spell(f"Question number {i}?"), "chosen": f"yes {i} {j}", "rejected": "no"}
-            for i in range(n) for j, spell in enumerate(spellings)]
+    return [
+        {"prompt": spell(f"Question number {i}?"), "chosen": f"yes {i} {j}", "rejected": "no"}
+        for i in range(n)
+        for j, spell in enumerate(spellings)
+    ]
 
 
 def test_split_by_prompt_keeps_spellings_together():
@@ -494,11 +559,17 @@ def test_split_by_prompt_ignores_row_order():
 
 
 def test_split_by_prompt_ignores_the_hash_seed():
-    code = ("from datasets import Dataset; from dpo_utils.data import split_by_prompt\n"
-            "rows = [{'prompt': f'q {i}'} for i in range(40)]\n"
-            "print(split_by_prompt(Dataset.from_list(rows))[1]['prompt'][:])")
-    outputs = {subprocess.run([sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed},
-                              capture_output=True, text=True, check=True).stdout for seed in ("1", "2")}
+    code = (
+        "from datasets import Dataset; from dpo_utils.data import split_by_prompt\n"
+        "rows = [{'prompt': f'q {i}'} for i in range(40)]\n"
+        "print(split_by_prompt(Dataset.from_list(rows))[1]['prompt'][:])"
+    )
+    outputs = {
+        subprocess.run(
+            [sys.executable, "-c", code], env=os.environ | {"PYTHONHASHSEED": seed}, capture_output=True, text=True, check=True
+        ).stdout
+        for seed in ("1", "2")
+    }
     assert len(outputs) == 1 and outputs.pop().count("q ") == 8
 
 
@@ -512,6 +583,7 @@ def test_split_by_prompt_always_leaves_both_sides():
 
 
 # ---- real files ----
+
 
 @needs_shared
 def test_polite_rows():

@@ -34,16 +34,17 @@ ORACLE = {
         - mp.mpf(str(EPS)) * mp.log(sigmoid(-beta * ((a - c) - (b - d))))
     ),
     "robust": lambda a, b, c, d, beta: (
-        -(1 - mp.mpf(str(EPS))) * mp.log(sigmoid(beta * ((a - c) - (b - d))))
-        + mp.mpf(str(EPS)) * mp.log(sigmoid(-beta * ((a - c) - (b - d))))
-    )
-    / (1 - 2 * mp.mpf(str(EPS))),
+        (
+            -(1 - mp.mpf(str(EPS))) * mp.log(sigmoid(beta * ((a - c) - (b - d))))
+            + mp.mpf(str(EPS)) * mp.log(sigmoid(-beta * ((a - c) - (b - d))))
+        )
+        / (1 - 2 * mp.mpf(str(EPS)))
+    ),
     "ipo": lambda a, b, c, d, beta: ((a - c) - (b - d) - 1 / (2 * beta)) ** 2,
     "hinge": lambda a, b, c, d, beta: max(mp.mpf(0), 1 - beta * ((a - c) - (b - d))),
     "kto": lambda a, b, c, d, beta: (
-        (1 - sigmoid(beta * (a - c - mp.mpf(0.25)))) + (1 - sigmoid(beta * (mp.mpf(0.25) - (b - d))))
-    )
-    / 2,
+        ((1 - sigmoid(beta * (a - c - mp.mpf(0.25)))) + (1 - sigmoid(beta * (mp.mpf(0.25) - (b - d))))) / 2
+    ),
     "apo_zero": lambda a, b, c, d, beta: (1 - sigmoid(beta * (a - c))) + sigmoid(beta * (b - d)),
     "simpo": lambda a, b, c, d, beta: -mp.log(sigmoid(beta * (a - b) - mp.mpf(0.5))),
     "orpo": lambda a, b, c, d, beta: -a - beta * mp.log(sigmoid(mp.log(odds(a) / odds(b)))),

@@ -42,15 +42,24 @@ def test_the_cell_is_found(folder):
 def test_a_cell_run_too_early_names_the_one_to_run_first(folder, capsys):
     shell = InteractiveShell()
     explain_missing_names(shell)
-    for cell, where in ((CELLS[3], "run code cell 3 of 07_sums.ipynb first"), (CELLS[4], "run the cells above this one first")):
-        result = shell.run_cell(cell, store_history=True)
-        out = capsys.readouterr().out
-        assert isinstance(result.error_in_exec, NameError)
-        assert where in out and "Traceback" not in out and len(out.strip().splitlines()) == 1
+    result = shell.run_cell(CELLS[3], store_history=True)
+    out = capsys.readouterr().out
+    assert isinstance(result.error_in_exec, NameError)
+    assert "run code cell 3 of 07_sums.ipynb first" in out and "Traceback" not in out and len(out.strip().splitlines()) == 1
     for cell in CELLS[:4]:
         assert shell.run_cell(cell).success
     shell.run_cell("1 / 0", store_history=True)
     assert "Traceback" in capsys.readouterr().out  # other errors stay as they are
+
+
+@pytest.mark.parametrize("cell", [CELLS[4], "x = 1\nprint(nowhere)", "def g():\n    return nowhere\ng()"])
+def test_a_name_that_no_cell_makes_keeps_its_trace(folder, capsys, cell):
+    shell = InteractiveShell()
+    explain_missing_names(shell)
+    shell.run_cell(cell, store_history=True)
+    out = capsys.readouterr().out
+    assert "Traceback" in out and "'nowhere' is not defined; if a cell above makes it, run that first" in out
+    assert "nowhere" in out.split("-->")[-1]  # the line that failed
 
 
 def test_nothing_happens_outside_ipython():

@@ -413,8 +413,12 @@ def test_changed_settings_refuse_and_print_the_difference(finished, change):
     assert (finished / "history.jsonl").read_bytes() == before
 
 
-def changed_weights(model, tokenizer):
-    next(p for n, p in model.named_parameters() if "layernorm.weight" in n).data *= 1.01
+def changed_weight(model, tokenizer):
+    next(p for n, p in model.named_parameters() if "layernorm.weight" in n).data[1] *= 1.01
+
+
+def changed_scales(model, tokenizer):
+    next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax[1] += 1
 
 
 def changed_template(model, tokenizer):
@@ -427,7 +431,8 @@ def changed_vocabulary(model, tokenizer):
 
 @pytest.mark.parametrize("cached", [False, True], ids=["run", "cached reference"])
 @pytest.mark.parametrize(
-    "change, line", [(changed_weights, "weights"), (changed_template, "template"), (changed_vocabulary, "tokenizer")]
+    "change, line",
+    [(changed_weight, "weights"), (changed_scales, "weights"), (changed_template, "template"), (changed_vocabulary, "tokenizer")],
 )
 def test_another_model_tokenizer_or_template_refuses(finished, monkeypatch, change, line, cached):
     model, tokenizer = policy()

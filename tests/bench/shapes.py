@@ -14,8 +14,12 @@ MODELS = {
     "C": {**BODY, "vocab_size": 2560},  # the head's share of the work is Phi-2's
     "A": {**BODY, "vocab_size": 51200},  # Phi-2's vocabulary on the same body: the head is half the work
     "phi2": {
-        "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32, "num_attention_heads": 32,
-        "vocab_size": 51200, "partial_rotary_factor": 0.4,
+        "hidden_size": 2560,
+        "intermediate_size": 10240,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "vocab_size": 51200,
+        "partial_rotary_factor": 0.4,
     },  # Phi-2's true shape, for a GPU
     "small": {**BODY, "num_hidden_layers": 1, "vocab_size": 1024},  # to try the script itself
 }
