@@ -25,6 +25,7 @@ from dpo_utils.profiles import Profile
 from dpo_utils.train import train_dpo, train_sft, train_unpaired, training_data
 
 SEEDS = {"reduced": (0,), "full": (0, 1, 2)}
+SIZES = {"reduced": (64, 24, 2), "full": (150, 64, 4)}  # held-out pairs, questions, answers to each
 
 
 def grid() -> str:
@@ -103,25 +104,24 @@ def thumbs(pairs, keep_rejected: float = 1.0) -> list[dict]:
 class Lab:
     """One loaded model, a start for every run (the SFT adapter), and a folder where results are kept."""
 
-    def __init__(self, profile: Profile, adapter, folder=None, pairs: int = 150, answers: int | None = None):
+    def __init__(self, profile: Profile, adapter, folder=None):
         self.profile, self.folder = profile, Path(folder) if folder else None
-        self.answers = answers or {"reduced": 2, "full": 4}[grid()]
+        pairs, questions, self.answers = SIZES[grid()]
         self.model, self.tokenizer = load_policy(profile, adapter=adapter)
         self.start = {name: p.detach().clone() for name, p in self.model.named_parameters() if p.requires_grad}
         self.known = profile.dataset == "tiny"
         self.train, held_out = training_data("dpo", profile)
         self.held_out = held_out.select(range(min(pairs, len(held_out))))
-        self.questions = list({str(p): p for p in self.held_out["prompt"]}.values())
+        self.questions = list({str(p): p for p in self.held_out["prompt"]}.values())[:questions]
 
     def measure(self, profile: Profile, seed: int = 0) -> dict:
-        """What the model is now: on the held-out prompts, with `answers` samples each, and on the held-out pairs.
+        """What the model is now: on held-out questions, with some answers sampled to each, and on held-out pairs (`SIZES`).
 
         kl, kl_error: nats an answer, from the reference. tokens: mean length. accuracy: implicit-reward accuracy, ties
         half. margin, chosen, rejected: means over the held-out pairs, log-ratios in nats. In the tiny world also true
         (probability of a true answer, exact) and fluent (share of the samples).
         """
-        questions = self.questions[:64]
-        drawn = sample_ids(self.model, self.tokenizer, questions, self.answers, 1.0, profile.max_new_tokens, seed)
+        drawn = sample_ids(self.model, self.tokenizer, self.questions, self.answers, 1.0, profile.max_new_tokens, seed)
         estimates = sampled_kl(self.model, self.tokenizer, drawn)
         table = preference_table(self.model, self.tokenizer, self.held_out, profile)
         kl, error = mean_and_error(estimates["full"])
@@ -134,7 +134,7 @@ class Lab:
         }  # fmt: skip
         if self.known:
             texts = [self.tokenizer.decode(ids, skip_special_tokens=True).strip() for _, ids in drawn]
-            asked = [question for question in questions for _ in range(self.answers)]
+            asked = [question for question in self.questions for _ in range(self.answers)]
             out["true"] = float(true_probability(self.model, self.tokenizer, profile, self.questions).mean())
             out["fluent"] = float(np.mean([world.read(q, text).fluent for q, text in zip(asked, texts, strict=True)]))
         return out

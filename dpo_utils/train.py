@@ -27,6 +27,7 @@ __all__ = [
     "train_sft", "train_unpaired", "training_data",
 ]  # fmt: skip
 
+_SCORED = {}  # reference log-probs of this process's runs that keep nothing on disk
 ROUNDING = 1e-6  # relative; equal log-probs differ by this much when their rows are batched otherwise
 
 
@@ -133,13 +134,16 @@ def _items(model, data, tokenizer, profile: Profile, tokenize) -> tuple[list[int
 def reference_logps(model, tokenizer, items, profile: Profile, output=None, fresh: bool = False):
     """Log-probs of all items under the reference, (items, completions), on the CPU.
 
-    Cached in `output` under a key of all they depend on; raises SettingsChanged if the key is another. Several
-    processes share the work.
+    Cached in `output` under a key of all they depend on; raises SettingsChanged if the key is another. Without
+    `output` they are kept in this process, so that many runs on the same pairs score them once. Several processes
+    share the work.
     """
     key = reference_key(model, tokenizer, items, profile)
     cache = Path(output) / "reference.safetensors" if output else None
     if cache and not fresh and (cached := load_cache(cache, key)) is not None:
         return cached
+    if not cache and (known := _SCORED.get(str(key))) is not None:
+        return known.clone()
     accelerator = engine(model)
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
     logps = torch.zeros(len(items), len(items[0][1]))
@@ -149,6 +153,8 @@ def reference_logps(model, tokenizer, items, profile: Profile, output=None, fres
     logps = accelerator.reduce(logps.to(accelerator.device), reduction="sum").cpu()
     if cache and accelerator.is_main_process:
         save_cache(cache, logps, key)
+    if not cache:
+        _SCORED[str(key)] = logps.clone()
     return logps
 
 

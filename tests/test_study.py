@@ -22,9 +22,14 @@ def start(tmp_path_factory, tiny):
     return profile, folder / "adapter"
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(autouse=True)
+def small_measures(monkeypatch):
+    monkeypatch.setitem(study.SIZES, "reduced", (24, 20, 1))
+
+
+@pytest.fixture
 def lab(start):
-    return Lab(*start, pairs=24, answers=1)
+    return Lab(*start)
 
 
 def test_at_the_start_nothing_has_moved(lab):
@@ -32,6 +37,26 @@ def test_at_the_start_nothing_has_moved(lab):
     point = lab.measure(lab.profile)
     assert point["kl"] == point["margin"] == point["chosen"] == 0.0 and point["accuracy"] == 0.5
     assert 0.0 < point["true"] < 1.0
+
+
+def test_it_measures_on_as_much_as_the_grid_says(start, monkeypatch):
+    monkeypatch.setenv("DPO_GRID", "full")
+    full = Lab(*start)
+    assert (len(full.held_out), len(full.questions), full.answers) == (150, 49, 4)
+    monkeypatch.setenv("DPO_GRID", "reduced")
+    reduced = Lab(*start)
+    assert (len(reduced.held_out), len(reduced.questions), reduced.answers) == (24, 20, 1)
+
+
+def test_the_reference_scores_the_same_pairs_once(lab, monkeypatch):
+    monkeypatch.setattr(train, "_SCORED", {})
+    calls, real = [], train.all_logps
+    monkeypatch.setattr(train, "all_logps", lambda *args, **kwargs: calls.append(1) or real(*args, **kwargs))
+    first = lab.run(Recipe("one", pairs=16))
+    again = lab.run(Recipe("one", pairs=16))
+    assert len(calls) == 1 and first["points"] == again["points"]
+    lab.run(Recipe("flipped", pairs=16, labels="flipped"))
+    assert len(calls) == 2
 
 
 def test_every_run_starts_from_the_same_place(lab):
@@ -43,7 +68,7 @@ def test_every_run_starts_from_the_same_place(lab):
 
 
 def test_results_are_kept_and_read_back_only_where_nothing_changed(start, tmp_path, monkeypatch):
-    kept = Lab(*start, folder=tmp_path, pairs=8, answers=1)
+    kept = Lab(*start, folder=tmp_path)
     first = kept.run(Recipe("one"))
     for other in (Recipe("noisy", noise=0.5), Recipe("few", pairs=5), Recipe("hot", {"beta": 2.0})):
         kept.run(other)
