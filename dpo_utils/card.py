@@ -8,7 +8,7 @@ from dpo_utils.profiles import Profile
 
 LIMITS = (
     "Trained to prefer answers like the chosen ones in its data. It was not made safe, and it was not taught new facts.",
-    "The measures below are on held-out prompts of the same data set; other data, other numbers.",
+    "The measures above are on held-out prompts of the same data set; other data, other numbers.",
 )
 
 

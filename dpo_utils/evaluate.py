@@ -13,18 +13,34 @@ from dpo_utils.tokens import as_item, encode_completion, encode_prompt, tokenize
 from dpo_utils.train import options_for
 
 
-def bootstrap(values, statistic=np.mean, resamples: int = 2000, level: float = 0.95, seed: int = 0) -> tuple[float, float, float]:
+def bootstrap(values, statistic=np.mean, resamples: int = 2000, level: float = 0.95, seed: int = 0, groups=None):
     """(estimate, low, high): a statistic of the values with its percentile bootstrap interval.
 
-    values: (n,) or (n, k), resampled by rows: give one row a prompt where several answers share one.
+    values: (n,) or (n, k), resampled by rows. groups: (n,), for instance the prompts: rows of one group are alike, so
+    they are drawn together. Raises ValueError for no values.
     """
     values = np.asarray(values, dtype=float)
     if len(values) == 0:
         raise ValueError("an interval of nothing: there are no values")
     rng = np.random.default_rng(seed)
-    draws = [statistic(values[rng.integers(0, len(values), len(values))]) for _ in range(resamples)]
+    members = _members(groups) if groups is not None else None
+    count = len(values if members is None else members)
+
+    def draw():
+        chosen = rng.integers(0, count, count)
+        return np.concatenate([members[g] for g in chosen]) if members is not None else chosen
+
+    draws = [statistic(values[draw()]) for _ in range(resamples)]
     low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
     return float(statistic(values)), float(low), float(high)
+
+
+def _members(groups) -> list[np.ndarray]:
+    """The row numbers of each group, groups in the order in which they appear."""
+    rows = {}
+    for i, group in enumerate(groups):
+        rows.setdefault(str(group), []).append(i)
+    return [np.array(numbers) for numbers in rows.values()]
 
 
 def wins(first, second) -> np.ndarray:

@@ -137,15 +137,21 @@ def load_profile(name: str | None = None, **changes) -> Profile:
     if name not in PROFILES:
         raise ValueError(f"unknown profile {name!r}: choose one of {', '.join(PROFILES)} (argument or DPO_PROFILE)")
     if model := os.environ.get("DPO_MODEL"):
-        changes = {"model": model, "revision": None} | changes
+        changes = {"model": _found(model), "revision": None} | changes
     if data := os.environ.get("DPO_DATASET"):
-        changes = {"dataset": data, "dataset_revision": None} | changes
+        changes = {"dataset": _found(data), "dataset_revision": None} | changes
     fields = {field.name for field in dataclasses.fields(Profile)}
     if unknown := set(changes) - fields:
         raise ValueError(f"a profile has no field {sorted(unknown)[0]!r}; its fields are {', '.join(sorted(fields))}")
     profile = dataclasses.replace(PROFILES[name], **changes)
     _check(profile)
     return profile
+
+
+def _found(source: str) -> str:
+    """A local path that only exists as seen from the repository, where `make` runs, as an absolute one."""
+    elsewhere = repository_root() / source
+    return str(elsewhere) if not Path(source).exists() and elsewhere.exists() else source
 
 
 def _check(profile: Profile) -> None:
@@ -203,8 +209,15 @@ def repository_root() -> Path:
 
 
 def run_directory(profile: Profile) -> Path:
-    """Where adapters, histories and caches of a profile go: `runs/<profile>`, or `DPO_RUNS/<profile>`."""
-    return Path(os.environ.get("DPO_RUNS") or repository_root() / "runs") / profile.name
+    """Where adapters, histories and caches go: `runs/<profile>`, or `DPO_RUNS/<profile>`.
+
+    With a model or data of your own their names are added, so that nothing of one run is taken for another's.
+    """
+    usual = PROFILES.get(profile.name, profile)
+    name = [profile.name]
+    name += [Path(profile.model).name] if profile.model != usual.model else []
+    name += [Path(profile.dataset).stem] if profile.dataset != usual.dataset else []
+    return Path(os.environ.get("DPO_RUNS") or repository_root() / "runs") / "-".join(name)
 
 
 def describe(profile: Profile) -> str:

@@ -100,12 +100,7 @@ def before_and_after(model, tokenizer, held_out, profile, n: int = 5) -> list[di
 
 def pooled(runs, values, prompts: str = "prompts") -> tuple[float, float, float]:
     """(mean, low, high) over all seeds; a prompt held out by several seeds is resampled as one."""
-    groups = {}
-    for run in runs:
-        for prompt, value in zip(run[prompts], values(run), strict=True):
-            groups.setdefault(prompt, []).append(float(value))
-    sums = np.array([(sum(group), len(group)) for group in groups.values()])
-    return bootstrap(sums, statistic=lambda rows: rows[:, 0].sum() / rows[:, 1].sum())
+    return bootstrap(np.concatenate([values(run) for run in runs]), groups=[prompt for run in runs for prompt in run[prompts]])
 
 
 def summarise(runs) -> dict:

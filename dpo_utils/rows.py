@@ -214,7 +214,7 @@ def read_rows(
     else:
         near = difflib.get_close_matches(name, bundled, 1)
         fix = f"Did you mean {near[0]!r}" if near else f"Give a file, a hub id (owner/name) or one of {sorted(bundled)}"
-        raise PreferenceDataError(f"{name}: no such file. {fix}")
+        raise PreferenceDataError(f"{name}: no such file, seen from {Path.cwd()}. {fix}")
     rows = list(rows)
     if not rows:
         raise PreferenceDataError(f"{name}: empty, it holds no rows. Fill it or name another source")

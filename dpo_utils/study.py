@@ -221,11 +221,12 @@ def line(runs) -> str:
 
 
 def table(results: dict, keys=("true", "fluent", "kl", "accuracy", "tokens")) -> str:
-    """Mean and half the interval over seeds, one line a recipe."""
+    """Mean, and half the interval where there are several seeds, one line a recipe."""
     keys = [key for key in keys if key in next(iter(results.values()))[0]["points"][-1]]
     width = max(map(len, results)) + 2
     lines = [" " * width + "".join(f"{key:>17s}" for key in keys)]
     for name, runs in results.items():
-        cells = [across_seeds(last(runs, key)) for key in keys]
-        lines.append(f"{name:{width}s}" + "".join(f"{mean:9.3f} ±{high - mean:6.3f}" for mean, _, high in cells))
+        lines.append(f"{name:{width}s}")
+        for mean, _, high in (across_seeds(last(runs, key)) for key in keys):
+            lines[-1] += f"{mean:9.3f}" + (f" ±{high - mean:6.3f}" if len(runs) > 1 else " " * 8)
     return "\n".join(lines)
