@@ -5,7 +5,14 @@ world), tabular (notebook 03's exact world), checks, widgets, checkpoints, asset
 divergence (KL, calibration), judges and collect (a person as judge), benchmark (lm-eval), card, study (grids) and rl.
 """
 
+import logging
+import warnings
+
 __version__ = "0.1.0"
+
+# Said by libraries at every start, and nothing that a reader could or should mend.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional CPU kernel is absent
+warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def setup(profile: str | None = None):

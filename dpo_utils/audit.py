@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from dpo_utils.data import PREFERENCES, Outcome, fold, parse, plain_text, prompt_key
+from dpo_utils.data import PREFERENCES, Outcome, column_name, fold, parse, plain_text, prompt_key
 from dpo_utils.rows import REASONS, BadRow, PreferenceDataError, read_rows
 
 # Worth knowing, though the row stays in use.
@@ -237,21 +237,20 @@ def main(arguments: list[str] | None = None) -> int:
         "--column",
         action="append",
         default=[],
-        metavar="NAME=COLUMN",
+        type=column_name,
+        metavar="OURS=THEIRS",
         help="the file's own name for a column, as in --column prompt=Question",
     )
     command.add_argument("--tokenizer", help="a directory or hub id: also count what tokenising does")
     command.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
     options = parser.parse_args(arguments)
-    if not all("=" in column for column in options.column):
-        parser.error("--column needs NAME=COLUMN, as in --column prompt=Question")
     try:
         report = audit(
             options.file,
             load_tokenizer(options.tokenizer),
             options.max_length,
             options.held_out,
-            dict(column.split("=", 1) for column in options.column),
+            dict(options.column),
         )
     except PreferenceDataError as error:
         print(error, file=sys.stderr)

@@ -5,6 +5,7 @@ fails has one reason of `REASONS`: `load_preferences` refuses it or sets it asid
 `python -m dpo_utils.data audit FILE [--json]` reports on a file.
 """
 
+import argparse
 import difflib
 import hashlib
 import json
@@ -243,6 +244,14 @@ def load_preferences(
     Ties make no pair and are counted. Raises PreferenceDataError.
     """
     return load(PREFERENCES, source, split, columns, on_error, keep, quarantine, revision)
+
+
+def column_name(text: str) -> tuple[str, str]:
+    """`prompt=Question` on a command line as (our name, the file's own)."""
+    ours, _, theirs = text.partition("=")
+    if not (ours and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in --column prompt=Question")
+    return ours, theirs
 
 
 def load_demonstrations(

@@ -141,8 +141,11 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
 
 
 def _require_adapter(folder) -> None:
+    folder = Path(folder) if folder and Path(folder).is_dir() else folder
     if isinstance(folder, Path) and not (folder / "adapter_config.json").exists():
-        raise FileNotFoundError(f"no adapter in {folder}: make it first (notebook 02 makes sft, notebook 04 dpo)")
+        inside = (folder / "adapter" / "adapter_config.json").exists()
+        remedy = f"did you mean {folder / 'adapter'}?" if inside else "make it first (notebook 02 makes sft, notebook 04 dpo)"
+        raise FileNotFoundError(f"no adapter in {folder}: {remedy}")
 
 
 def lora_config(profile: Profile) -> LoraConfig:

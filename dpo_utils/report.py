@@ -17,7 +17,7 @@ import torch
 
 from dpo_utils import plots
 from dpo_utils.benchmark import multiple_choice, overlap, read_truthfulqa
-from dpo_utils.data import load_preferences, plain_text, split_by_prompt
+from dpo_utils.data import column_name, load_preferences, plain_text, split_by_prompt
 from dpo_utils.divergence import calibration, sampled_kl
 from dpo_utils.evaluate import bootstrap, preference_table, sample, sample_ids, surface_baselines, wins
 from dpo_utils.models import as_reference, load_policy
@@ -159,15 +159,15 @@ def main(argv=None) -> None:
     parser.add_argument("--profile", default="smollm2")
     parser.add_argument("--name", default="misconceptions", help="names the figure: figures/<profile>_<name>.png")
     parser.add_argument("--data", help="preferences: a local file or a hub id; by default the profile's")
-    parser.add_argument("--column", action="append", default=[], metavar="OURS=THEIRS", help="a column's name in the file")
+    named = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
+    parser.add_argument("--column", **named, help="a column's name in the file")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--benchmark", help="TruthfulQA's CSV: mc1 and mc2 before and after, for the first seed")
     parser.add_argument("--limit", type=int, help="only so many questions of the benchmark, drawn with a seed")
     parser.add_argument("--fresh", action="store_true", help="train again what is already under runs/")
     args = parser.parse_args(argv)
     base = load_profile(args.profile, **({"dataset": args.data, "dataset_revision": None} if args.data else {}))
-    columns = dict(pair.split("=", 1) for pair in args.column) or None
-    pairs = load_preferences(base.dataset, columns=columns, revision=base.dataset_revision)
+    pairs = load_preferences(base.dataset, columns=dict(args.column) or None, revision=base.dataset_revision)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
     benchmark = read_truthfulqa(args.benchmark) if args.benchmark else []
     runs = []

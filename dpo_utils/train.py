@@ -10,9 +10,11 @@ import sys
 from pathlib import Path
 
 import torch
+from datasets import concatenate_datasets
 
+from dpo_utils.audit import audit
 from dpo_utils.checkpoints import SettingsChanged, load_cache, save_cache
-from dpo_utils.data import load_demonstrations, load_preferences, split_by_prompt
+from dpo_utils.data import column_name, load_demonstrations, load_preferences, split_by_prompt
 from dpo_utils.fit import engine, fit, options_for, read_history
 from dpo_utils.keys import reference_key
 from dpo_utils.logps import all_logps
@@ -161,14 +163,17 @@ def reference_logps(model, tokenizer, items, profile: Profile, output=None, fres
 # --- from a shell -----------------------------------------------------------------------------------------------------
 
 
-def training_data(stage: str, profile: Profile):
-    """(train, held out) of the profile's demonstrations or preferences; the split is by prompt."""
+def training_data(stage: str, profile: Profile, **options):
+    """(train, held out) of the profile's demonstrations or preferences; the split is by prompt.
+
+    options: columns and on_error of `data.load_preferences`.
+    """
     if stage == "sft":
-        rows = load_demonstrations(profile.sft_dataset, revision=profile.sft_dataset_revision)
+        rows = load_demonstrations(profile.sft_dataset, revision=profile.sft_dataset_revision, **options)
         return rows, None
     if profile.dataset == "tiny":
         return load_preferences("tiny"), load_preferences("tiny", split="test")
-    pairs = load_preferences(profile.dataset, revision=profile.dataset_revision)
+    pairs = load_preferences(profile.dataset, revision=profile.dataset_revision, **options)
     if profile.max_prompts and len(pairs) > profile.max_prompts:
         pairs = pairs.shuffle(seed=0).select(range(profile.max_prompts))
     return split_by_prompt(pairs, profile.held_out)
@@ -181,6 +186,9 @@ def _arguments(argv):
     parser.add_argument("--output", required=True, help="folder for history.jsonl, adapter/ and checkpoints/")
     parser.add_argument("--adapter", help="directory of the adapter to start from; in DPO it is also the reference")
     parser.add_argument("--data", help="preferences or demonstrations: a local file or a hub id")
+    named = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
+    parser.add_argument("--column", **named, help="a column's own name in the file, as in --column prompt=Question")
+    parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="skip: bad rows are set aside, with reasons")
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)
@@ -203,14 +211,26 @@ def _profile(args) -> Profile:
 
 def _train(args) -> None:
     profile = _profile(args)
-    train, _ = training_data(args.stage, profile)  # bad data stops here, before any model is loaded
+    options = {"columns": dict(args.column) or None, "on_error": args.on_error}
+    train, held_out = training_data(args.stage, profile, **options)  # bad data stops here, before any model is loaded
     accelerator = engine(torch.empty(0, device=make_plan(profile).device))
     accelerator.print(describe(profile), make_plan(profile), f"reference: {args.adapter or 'the base model'}", sep="\n")
+    accelerator.print(amount(args.stage, profile, train, held_out))
     model, tokenizer = load_policy(profile, adapter=args.adapter)
     run = train_sft if args.stage == "sft" else train_dpo
     history = run(model, tokenizer, train, profile, args.output, fresh=args.fresh, tracker=args.tracker)
     last = history[-1].get("loss", math.nan)
     accelerator.print(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
+
+
+def amount(stage: str, profile: Profile, train, held_out) -> str:
+    """How much is trained on what, in a line; and, of preferences, how many rows contradict one another."""
+    if stage == "sft":
+        return f"SFT: {profile.sft_steps} steps of {profile.sft_batch} demonstrations, {len(train)} in all"
+    line = f"DPO: {profile.steps} steps of {profile.batch} pairs, {len(train)} in all, {len(held_out)} more held out by prompt"
+    if conflicts := audit(concatenate_datasets([train, held_out])).noted["conflicting pair"]:
+        line += f"\n  {len(conflicts)} rows contradict another: `python -m dpo_utils.data audit` on the file lists them"
+    return line
 
 
 def main(argv=None) -> None:

@@ -26,6 +26,17 @@ def test_bootstrap_of_constants_has_no_width_and_rows_stay_together():
     assert (value, low, high) == (1.0, 1.0, 1.0)
 
 
+def test_rows_of_a_group_are_drawn_together():
+    values, groups = np.repeat([0.0, 1.0] * 5, 20), np.repeat(np.arange(10), 20)
+    alone, together = E.bootstrap(values), E.bootstrap(values, groups=groups)
+    assert alone[0] == together[0] == 0.5
+    assert together[2] - together[1] == pytest.approx(np.sqrt(20) * (alone[2] - alone[1]), rel=0.2)
+    each = E.bootstrap(values[:50], groups=range(50))
+    assert each == E.bootstrap(values[:50])  # groups of one change nothing
+    uneven = E.bootstrap([1.0, 1.0, 1.0, 0.0], groups=["p", "p", "p", "q"])
+    assert uneven == (0.75, 0.0, 1.0)
+
+
 def test_wins_counts_ties_half():
     assert E.wins([1, 2, 3], [2, 2, 2]).tolist() == [0.0, 0.5, 1.0]
 

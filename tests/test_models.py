@@ -191,6 +191,25 @@ def test_no_gpu_is_stated():
     assert "no GPU: everything runs on the CPU" in str(make_plan(load_profile("phi2"), device="cpu"))
 
 
+def test_own_model_and_data_get_a_folder_of_their_own(monkeypatch, tmp_path):
+    monkeypatch.setenv("DPO_RUNS", str(tmp_path))
+    assert profiles.run_directory(load_profile("tiny")) == tmp_path / "tiny"
+    monkeypatch.setenv("DPO_DATASET", "data/pairs.v2.jsonl")
+    assert profiles.run_directory(load_profile("tiny")) == tmp_path / "tiny-pairs.v2"
+    monkeypatch.setenv("DPO_MODEL", "org/Phi-1.5")
+    assert profiles.run_directory(load_profile("tiny")) == tmp_path / "tiny-Phi-1.5-pairs.v2"
+
+
+def test_a_path_seen_from_the_repository_is_found_from_its_notebooks(monkeypatch):
+    monkeypatch.chdir(profiles.repository_root() / "notebooks")
+    monkeypatch.setenv("DPO_DATASET", "dpo_utils/assets/misconceptions.jsonl")
+    found = load_profile("tiny").dataset
+    assert Path(found).is_absolute() and Path(found).exists()
+    for source in ("01_data_prep.ipynb", "org/name", "misconceptions", "nowhere.jsonl"):  # here, or nowhere: as given
+        monkeypatch.setenv("DPO_DATASET", source)
+        assert load_profile("tiny").dataset == source
+
+
 def test_the_t4_plan_gives_the_log_probs_of_float32():
     """float16 with attention in float32: what a T4 runs, here on the CPU."""
     half, full = small_model("phi", torch.float16, "sdpa_float32"), small_model("phi", torch.float32)

@@ -100,6 +100,30 @@ def test_changed_settings_end_in_the_difference(tmp_path, data):
     one_line([*shell(tmp_path, data), "--beta", "0.3"], r"SettingsChanged: [\s\S]*beta: was 0\.2, is 0\.3$")
 
 
+def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
+    rows = [{"Q": f"Why {i}?", "good": "So.", "bad": "No."} for i in range(9)]
+    rows += [{"Q": "Why 0?", "good": "No.", "bad": "So."}, {"Q": "Why 9?", "good": "", "bad": "No."}]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = ["--column", "prompt=Q", "--column", "chosen=good", "--column", "rejected=bad"]
+    one_line(shell(tmp_path, str(path), *named), "mine.jsonl.*row 11")
+    main(shell(tmp_path, str(path), *named, "--on-error", "skip"))
+    out = capsys.readouterr().out
+    assert "reference: the base model\nDPO: 4 steps of" in out and "more held out by prompt\n  2 rows contradict another" in out
+    one_line(shell(tmp_path, str(path), "--column", "prompt"), "2")
+
+
+def test_a_run_folder_in_place_of_its_adapter_is_told_so(tmp_path, data):
+    main(["sft", "--profile", "tiny", "--output", str(tmp_path / "sft"), "--steps", "1", "--batch", "2"])
+    one_line(shell(tmp_path, data, "--adapter", str(tmp_path / "sft")), "did you mean .*sft/adapter")
+
+
+def test_the_start_is_quiet_but_for_what_is_ours(tmp_path):
+    arguments = ["dpo", "--profile", "tiny", "--output", str(tmp_path), "--loss", "none"]
+    done = subprocess.run([sys.executable, "-m", "dpo_utils.train", *arguments], capture_output=True, text=True)
+    assert done.stderr.strip().startswith("ValueError: unknown loss") and len(done.stderr.strip().splitlines()) == 1
+
+
 def test_bad_data_stops_before_a_model_is_loaded(tmp_path, monkeypatch):
     monkeypatch.setattr(train, "load_policy", None)
     path = tmp_path / "bad.jsonl"

@@ -164,3 +164,10 @@ def test_the_policy_gradient_raises_what_is_rewarded_and_beta_holds_it_back(star
 
     free, held = last_reward(0.01), last_reward(100.0)
     assert free[-1]["reward"] > free[0]["reward"] + 1 and abs(held[-1]["kl"]) < abs(free[-1]["kl"])
+
+
+def test_without_several_seeds_there_is_no_interval():
+    point = {"true": 0.5, "kl": 0.25}
+    one, three = [{"points": [point]}], [{"points": [{**point, "kl": kl}]} for kl in (0.1, 0.2, 0.3)]
+    assert "±" not in study.table({"DPO": one}) and "0.250" in study.table({"DPO": one})
+    assert "0.200 ± 0.248" in study.table({"DPO": three})
