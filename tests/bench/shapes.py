@@ -53,7 +53,7 @@ def profile_for(folder, shape: str, lengths: str, **changes) -> Profile:
     fields = {
         "name": "bench", "model": str(folder), "quantize": quantised, "dtype": "bfloat16" if quantised else "float32",
         "target_modules": PHI_TARGETS, "max_length": 2048, "batch": STEP[lengths]["pairs"], "steps": 1000,
-        "learning_rate": 1e-4, "warmup": 0.0, "micro_tokens": 512, "row_tokens": 384,
+        "learning_rate": 1e-4, "warmup": 0.0, "micro_tokens": 512, "row_tokens": 256,
     }  # fmt: skip
     return Profile(**{**nothing, **fields, **changes})
 
