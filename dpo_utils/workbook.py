@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import nbformat
+from jupyter_client import KernelManager
 from nbclient import NotebookClient
 from nbclient.exceptions import CellExecutionError
 from PIL import Image
@@ -30,16 +31,22 @@ def environment(profile: str) -> dict[str, str]:
     return changes
 
 
-def execute(path: Path, target: Path) -> float:
+def start_kernel(folder: Path) -> KernelManager:
+    """A kernel in a folder that imports the libraries, which takes seconds, without binding a name; does not wait for it."""
+    quiet = "--IPKernelApp.log_level=40"  # errors alone: its warnings would cut our lines in two
+    kernel = KernelManager(kernel_name="python3")
+    kernel.start_kernel(cwd=str(folder), extra_arguments=[quiet, "--IPKernelApp.exec_lines=__import__('dpo_utils.study')"])
+    return kernel
+
+
+def execute(path: Path, target: Path, kernel: KernelManager | None = None) -> float:
     """Run one notebook in its own folder and write the executed copy; returns the seconds. Re-raises a failing cell."""
     notebook, start = nbformat.read(path, as_version=4), time.perf_counter()
-    client = NotebookClient(
-        notebook, timeout=None, kernel_name="python3", resources={"metadata": {"path": str(path.parent)}},
-        extra_arguments=["--IPKernelApp.log_level=40"],  # errors alone: its warnings would cut our lines in two
-    )  # fmt: skip
+    kernel = kernel or start_kernel(path.parent)
     try:
-        client.execute()
+        NotebookClient(notebook, km=kernel, timeout=None, resources={"metadata": {"path": str(path.parent)}}).execute()
     finally:
+        kernel.shutdown_kernel(now=True)
         target.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, target)
     return time.perf_counter() - start
@@ -79,25 +86,39 @@ def main(argv=None) -> int:
     os.environ.update(environment(args.profile))
     if args.fresh:
         shutil.rmtree(run_directory(load_profile(args.profile)), ignore_errors=True)
-    root, total = repository_root(), 0.0
+    root, start = repository_root(), time.perf_counter()
     paths = sorted(root.glob("notebooks/*.ipynb"))
     paths = [p for p in paths if not args.numbers or p.name[:2] in args.numbers]
-    for number, path in enumerate(paths, start=1):
-        print(f"[{number}/{len(paths)}] {path.name} ...", end=" ", flush=True)
-        target = root / "runs" / "notebooks" / path.name
-        try:
-            seconds = execute(path, target)
-        except CellExecutionError as failure:
-            print(f"failed\n{failure}\nThe executed copy up to there: {target.relative_to(root)}")
+    if not paths:
+        raise SystemExit(f"no notebook has the number {' or '.join(args.numbers)}: they are 01 to 06")
+    for path, outcome in run_in_order(paths, root / "runs" / "notebooks"):
+        if isinstance(outcome, CellExecutionError):
+            print(f"failed\n{outcome}\nThe executed copy up to there: runs/notebooks/{path.name}")
             return 1
-        total += seconds
-        print(f"{seconds:.0f} s", flush=True)
+        print(f"{outcome:.0f} s", flush=True)
         if args.refresh:
-            notebook = nbformat.read(target, as_version=4)
+            notebook = nbformat.read(root / "runs" / "notebooks" / path.name, as_version=4)
             tidy(notebook)
             nbformat.write(notebook, path)
+    total = time.perf_counter() - start
     print(f"{len(paths)} notebooks in {total:.0f} s: executed copies in runs/notebooks, figures in figures, adapters in runs")
     return 0
+
+
+def run_in_order(paths: list[Path], target: Path):
+    """Yield (notebook, seconds or its CellExecutionError); the next one's kernel starts and imports beside this one."""
+    coming = start_kernel(paths[0].parent)
+    try:
+        for number, path in enumerate(paths, start=1):
+            kernel, coming = coming, start_kernel(path.parent) if number < len(paths) else None
+            print(f"[{number}/{len(paths)}] {path.name} ...", end=" ", flush=True)
+            try:
+                yield path, execute(path, target / path.name, kernel)
+            except CellExecutionError as failure:
+                yield path, failure
+    finally:
+        if coming:
+            coming.shutdown_kernel(now=True)
 
 
 if __name__ == "__main__":

@@ -45,6 +45,21 @@ def test_a_failing_cell_stops_the_run_and_is_shown(clone, capsys):
     assert not (clone / "runs" / "notebooks" / "02_b.ipynb").exists()
 
 
+def test_no_kernel_is_left_and_none_has_names_of_ours(clone, monkeypatch):
+    started, real = [], workbook.start_kernel
+    monkeypatch.setattr(workbook, "start_kernel", lambda folder: started.append(real(folder)) or started[-1])
+    write(clone, "01_a.ipynb", "import sys\nassert 'dpo_utils.study' in sys.modules and 'dpo_utils' not in dir()")
+    write(clone, "02_b.ipynb", "1 / 0")
+    write(clone, "03_c.ipynb", "print('never')")
+    assert workbook.main([]) == 1
+    assert len(started) == 3 and not any(kernel.is_alive() for kernel in started)
+
+
+def test_a_number_without_a_notebook_is_said(clone):
+    with pytest.raises(SystemExit, match="no notebook has the number 09"):
+        workbook.main(["09"])
+
+
 def test_pictures_shrink_and_stay_pictures():
     out = io.BytesIO()
     Image.linear_gradient("L").convert("RGB").save(out, "png", compress_level=0)
