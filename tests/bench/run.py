@@ -136,7 +136,8 @@ def figure(cases: dict):
         colours = [BLUE if "ours" in name else ORANGE if "TRL" in name else GREY for name in rows]
         bars = ax.barh(list(rows), [row[f"pairs_per_{CLOCK}_s"] for row in rows.values()], color=colours, alpha=0.8)
         ax.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
-        ax.set(title=title, xlabel="pairs a second" if GPU else "pairs a CPU second")
+        ax.set(xlabel="pairs a second" if GPU else "pairs a CPU second")
+        ax.set_title(title.replace(", ", "\n", 1), fontsize=10)
         ax.margins(x=0.18)
         ax.grid(axis="y", visible=False)
     panels[0][0].invert_yaxis()
