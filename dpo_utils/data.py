@@ -243,32 +243,19 @@ def load_preferences(
     on_error: "raise" refuses the first bad row; "skip" writes bad rows with reasons to `quarantine`.
     Ties make no pair and are counted. Raises PreferenceDataError.
     """
-    return load(PREFERENCES, source, split, columns, on_error, keep, quarantine, revision)
+    options = {"split": split, "columns": columns, "on_error": on_error}
+    return load(PREFERENCES, source, **options, keep=keep, quarantine=quarantine, revision=revision)
 
 
-def column_name(text: str) -> tuple[str, str]:
-    """`prompt=Question` on a command line as (our name, the file's own)."""
-    ours, _, theirs = text.partition("=")
-    if not (ours and theirs):
-        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in --column prompt=Question")
-    return ours, theirs
+def load_demonstrations(source, **options) -> Dataset:
+    """Demonstrations for SFT in TRL's format: prompt, completion. Options and errors: `load_preferences`.
+
+    Bundled: "instructions", "tiny".
+    """
+    return load(DEMONSTRATIONS, source, **options)
 
 
-def load_demonstrations(
-    source,
-    *,
-    split: str = "train",
-    columns: dict | None = None,
-    on_error: str = "raise",
-    keep: tuple[str, ...] = (),
-    quarantine: str | Path | None = None,
-    revision: str | None = None,
-) -> Dataset:
-    """Demonstrations for SFT in TRL's format: prompt, completion. As load_preferences; bundled: instructions, tiny."""
-    return load(DEMONSTRATIONS, source, split, columns, on_error, keep, quarantine, revision)
-
-
-def load(kind: Kind, source, split, columns, on_error, keep, quarantine, revision) -> Dataset:
+def load(kind: Kind, source, *, split="train", columns=None, on_error="raise", keep=(), quarantine=None, revision=None) -> Dataset:
     """What load_preferences and load_demonstrations share."""
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
@@ -337,6 +324,17 @@ def audit(dataset, *args, **options):
     from dpo_utils.audit import audit as run  # audit imports this file
 
     return run(dataset, *args, **options)
+
+
+# ---- command line ----
+
+
+def column_name(text: str) -> tuple[str, str]:
+    """`prompt=Question` on a command line as (our name, the file's own)."""
+    ours, _, theirs = text.partition("=")
+    if not (ours and theirs):
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in --column prompt=Question")
+    return ours, theirs
 
 
 if __name__ == "__main__":
