@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from dpo_utils.attention import SDPA
 from dpo_utils.tokens import collate_rows, pack_rows, plan_rows
 
 HEAD_CHUNK = 1024  # rows of logits that are alive at once
-SDPA = ("sdpa", "sdpa_float32")  # attention implementations that honour a boolean 4-D mask
 
 
 def sequence_logps(logits, input_ids, completion_mask):

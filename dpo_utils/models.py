@@ -7,24 +7,13 @@ from pathlib import Path
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
+from dpo_utils import attention  # noqa: F401  its names must be known before a model is loaded with one
 from dpo_utils.profiles import Profile, make_plan
 
 REFERENCE = "reference"  # name of the frozen adapter that holds the reference, where the base alone is not it
-
-
-def _sdpa_float32(module, query, key, value, attention_mask, **options):
-    """sdpa with scores in float32: Phi-2's overflow in float16."""
-    out, weights = sdpa_attention_forward(module, query.float(), key.float(), value.float(), attention_mask, **options)
-    return out.to(query.dtype), weights
-
-
-AttentionInterface.register("sdpa_float32", _sdpa_float32)
-AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
 
 
 def quantisation_config(dtype):

@@ -169,7 +169,7 @@ class Plan:
     device: str  # cuda or cpu
     dtype: torch.dtype  # what the model computes in
     quantize: bool  # base weights as NF4
-    attention: str  # sdpa, or sdpa_float32 where scores would overflow
+    attention: str  # sdpa_blocks, or sdpa_float32 where scores would overflow
     loss_scale: float  # the loss is multiplied by this for float16 gradients, the gradients divided by it
     notes: tuple[str, ...]
 
@@ -185,7 +185,7 @@ def make_plan(profile: Profile, device: str | None = None, capability: tuple[int
     emulated. On older cards the model runs in float16 with attention in float32, since Phi-2's scores overflow.
     """
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    dtype, attention, scale, notes = getattr(torch, profile.dtype), "sdpa", 1.0, []
+    dtype, attention, scale, notes = getattr(torch, profile.dtype), "sdpa_blocks", 1.0, []
     if device == "cpu":
         notes.append("no GPU: everything runs on the CPU" + (", which takes days for phi2" if profile.name == "phi2" else ""))
     else:
@@ -220,8 +220,8 @@ def run_directory(profile: Profile) -> Path:
     return Path(os.environ.get("DPO_RUNS") or repository_root() / "runs") / "-".join(name)
 
 
-def describe(profile: Profile) -> str:
-    """The profile in a few lines: model, data, revisions, what is trained."""
+def describe(profile: Profile, stage: str = "dpo") -> str:
+    """The profile in a few lines: model, data, revisions, what is trained, and how far in `stage` (sft or dpo)."""
 
     def where(source, revision):
         return f"{source} @ {revision[:12]}" if revision else f"{source}"
@@ -231,6 +231,8 @@ def describe(profile: Profile) -> str:
         f"preferences {where(profile.dataset, profile.dataset_revision)}",
         f"demonstrations {where(profile.sft_dataset, profile.sft_dataset_revision)}",
         f"LoRA r={profile.lora_r} on {' '.join(profile.target_modules)}",
-        f"DPO: {profile.steps} steps of {profile.batch} pairs, learning rate {profile.learning_rate:g}, beta {profile.beta:g}",
+        f"DPO: {profile.steps} steps of {profile.batch} pairs, learning rate {profile.learning_rate:g}, beta {profile.beta:g}"
+        if stage == "dpo"
+        else f"SFT: {profile.sft_steps} steps of {profile.sft_batch} demonstrations, learning rate {profile.sft_learning_rate:g}",
     ]
     return "\n  ".join(lines).replace(str(ASSETS) + os.sep, "dpo_utils/assets/")

@@ -214,8 +214,8 @@ def _train(args) -> None:
     options = {"columns": dict(args.column) or None, "on_error": args.on_error}
     train, held_out = training_data(args.stage, profile, **options)  # bad data stops here, before any model is loaded
     accelerator = engine(torch.empty(0, device=make_plan(profile).device))
-    accelerator.print(describe(profile), make_plan(profile), f"reference: {args.adapter or 'the base model'}", sep="\n")
-    accelerator.print(amount(args.stage, profile, train, held_out))
+    accelerator.print(describe(profile, args.stage), make_plan(profile), f"reference: {args.adapter or 'the base model'}", sep="\n")
+    accelerator.print(amount(train, held_out))
     model, tokenizer = load_policy(profile, adapter=args.adapter)
     run = train_sft if args.stage == "sft" else train_dpo
     history = run(model, tokenizer, train, profile, args.output, fresh=args.fresh, tracker=args.tracker)
@@ -223,11 +223,11 @@ def _train(args) -> None:
     accelerator.print(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
 
 
-def amount(stage: str, profile: Profile, train, held_out) -> str:
-    """How much is trained on what, in a line; and, of preferences, how many rows contradict one another."""
-    if stage == "sft":
-        return f"SFT: {profile.sft_steps} steps of {profile.sft_batch} demonstrations, {len(train)} in all"
-    line = f"DPO: {profile.steps} steps of {profile.batch} pairs, {len(train)} in all, {len(held_out)} more held out by prompt"
+def amount(train, held_out=None) -> str:
+    """How much there is to train on; and, of preferences, how many rows contradict one another."""
+    if held_out is None:
+        return f"{len(train)} demonstrations"
+    line = f"{len(train)} pairs, {len(held_out)} more held out by prompt"
     if conflicts := audit(concatenate_datasets([train, held_out])).noted["conflicting pair"]:
         line += f"\n  {len(conflicts)} rows contradict another: `python -m dpo_utils.data audit` on the file lists them"
     return line

@@ -16,7 +16,7 @@ from peft import PeftModel, get_peft_model
 from small import random_items, small_model
 from small_runs import pairs, policy, profile
 
-from dpo_utils import models, profiles
+from dpo_utils import attention, models, profiles
 from dpo_utils.logps import all_logps, completion_logps
 from dpo_utils.models import as_reference, check_adapter, load_base, load_policy, save_adapter, trainable
 from dpo_utils.profiles import PHI_TARGETS, load_profile, make_plan
@@ -177,7 +177,7 @@ def test_the_plan_for_a_t4_is_stated():
 @pytest.mark.parametrize("capability", [(8, 0), (8, 9), (9, 0), (12, 0)])
 def test_newer_gpus_run_in_bfloat16_without_a_scale(capability):
     plan = make_plan(load_profile("phi2"), device="cuda", capability=capability)
-    assert (plan.dtype, plan.attention, plan.loss_scale, plan.notes) == (torch.bfloat16, "sdpa", 1.0, ())
+    assert (plan.dtype, plan.attention, plan.loss_scale, plan.notes) == (torch.bfloat16, "sdpa_blocks", 1.0, ())
 
 
 def test_without_bitsandbytes_the_plan_says_not_quantised(monkeypatch):
@@ -221,11 +221,11 @@ def test_scores_that_overflow_in_float16_do_not_in_the_t4_plan(monkeypatch):
     """Queries and keys of about 300, as Phi-2's late layers have them: 32 * 300 * 300 is past 65,504."""
     query = torch.full((1, 1, 3, 32), 300.0, dtype=torch.float16)
     value = torch.arange(3.0).half().view(1, 1, 3, 1).expand(1, 1, 3, 32)
-    seen, real = [], models.sdpa_attention_forward
-    monkeypatch.setattr(models, "sdpa_attention_forward", lambda m, *qkv, **o: (seen.extend(qkv), real(m, *qkv, **o))[1])
+    seen, real = [], attention.sdpa_attention_forward
+    monkeypatch.setattr(attention, "sdpa_attention_forward", lambda m, *qkv, **o: (seen.extend(qkv), real(m, *qkv, **o))[1])
     module = torch.nn.Module()
     module.is_causal, module.training, module.num_key_value_groups = True, False, 1
-    out, _ = models._sdpa_float32(module, query, query, value, None, scaling=1.0)
+    out, _ = attention.sdpa_float32(module, query, query, value, None, scaling=1.0)
     assert out.dtype == torch.float16 and out[0, :, 0, 0].tolist() == [0.0, 0.5, 1.0]
     assert {tensor.dtype for tensor in seen[:3]} == {torch.float32}  # some kernels are wide inside, not all
     assert not torch.isfinite(query @ query.mT).any()

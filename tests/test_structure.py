@@ -17,8 +17,8 @@ MODULES = {path.stem: path for path in (ROOT / "dpo_utils").glob("*.py") if path
 LINE = ["profiles", "data", "tokens", "models", "logps", "losses", "train", "evaluate", "plots"]
 # What stands beside the line, and the place in it after which it may be imported from.
 BESIDE = {
-    "world": 0, "rows": 0, "schemas": 0, "checkpoints": 0, "museum": 5, "audit": 3, "tabular": 5, "keys": 5, "preflight": 5,
-    "step": 5, "fit": 5, "checks": 5, "make_tiny": 8, "widgets": 8, "notebook": 0, "workbook": 8, "report": 8,
+    "attention": 0, "world": 0, "rows": 0, "schemas": 0, "checkpoints": 0, "museum": 5, "audit": 3, "tabular": 5, "keys": 5,
+    "preflight": 5, "step": 5, "fit": 5, "checks": 5, "make_tiny": 8, "widgets": 8, "notebook": 0, "workbook": 8, "report": 8,
     "divergence": 8, "judges": 8, "collect": 8, "benchmark": 8, "card": 5, "rl": 8, "study": 8,
 }  # fmt: skip
 
