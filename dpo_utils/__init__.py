@@ -15,8 +15,12 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def setup(profile: str | None = None):
-    """Open a notebook: quiet libraries, print versions, device, profile and plan; returns the profile."""
+def setup(profile: str | None = None, **changes):
+    """Open a notebook: quiet libraries, print versions, device, profile and plan; returns the profile.
+
+    profile: its name, by default `DPO_PROFILE`'s; changes: fields of it that are to be other, as in
+    `setup(target_modules=("q_proj", "v_proj"))` (`profiles.load_profile`).
+    """
     import logging
     import os
     import warnings
@@ -39,7 +43,7 @@ def setup(profile: str | None = None):
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     matplotlib_inline.backend_inline.set_matplotlib_formats("png")
-    chosen = load_profile(profile)
+    chosen = load_profile(profile, **changes)
     if chosen.name == "tiny" and not torch.cuda.is_available():
         torch.set_num_threads(1)  # measured: the tiny model is faster on one thread than on two
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")

@@ -6,9 +6,11 @@ from pathlib import Path
 
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
+from transformers.pytorch_utils import Conv1D
 
 from dpo_utils import attention  # noqa: F401  its names must be known before a model is loaded with one
 from dpo_utils.profiles import Profile, make_plan
@@ -175,10 +177,22 @@ def check_adapter(model, profile: Profile) -> None:
     wanted = dict.fromkeys(profile.target_modules, layers)
     found = {name: adapted.count(name) for name in [*wanted, *adapted]}
     if found != wanted:
-        raise ValueError(f"LoRA should sit on {wanted} but sits on {found}: check target_modules against {profile.model}")
+        raise ValueError(
+            f"LoRA should sit on {wanted} but sits on {found}. The linear layers of {profile.model} are "
+            f"{' '.join(_linear_names(model))}: choose among them with target_modules=(...) in setup or load_profile, or "
+            "DPO_PROFILE=smollm2 for models like Llama."
+        )
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and (".default." not in name or parameter.dtype != torch.float32):
             raise ValueError(f"{name} is trainable as {parameter.dtype}: only the adapter's float32 weights should be")
+
+
+def _linear_names(model) -> list[str]:
+    """Short names of the linear layers in one of the model's blocks, adapted or not."""
+    block = _layers(model.get_base_model())[0]
+    linear = (nn.Linear, Conv1D, BaseTunerLayer)
+    names = [name for name, module in block.named_modules() if isinstance(module, linear)]
+    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if "lora_" not in name and "base_layer" not in name))
 
 
 @contextlib.contextmanager

@@ -10,7 +10,6 @@ import torch
 
 ASSETS = Path(__file__).parent / "assets"
 PHI_TARGETS = ("q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2")
-LLAMA_TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 PHI2_GIB = 5.5  # GPU memory the phi2 profile wants free: 1.7 of weights, the rest for the step and the library
 
 

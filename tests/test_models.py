@@ -121,7 +121,9 @@ def test_adapters_that_change_the_reference_are_refused(tmp_path, change, messag
 
 @pytest.mark.parametrize("targets", [[*PHI_TARGETS, "Wqkv"], ["fc1", "Wqkv", "out_proj"], ["0.self_attn.q_proj"]])
 def test_targets_that_match_half_are_refused(targets):
-    with pytest.raises(ValueError, match="LoRA should sit on .* but sits on .*check target_modules"):
+    with pytest.raises(
+        ValueError, match="LoRA should sit on .* but sits on .*layers of .* are q_proj k_proj v_proj dense fc1 fc2: choose"
+    ):
         load_policy(profile(target_modules=tuple(targets)))
 
 

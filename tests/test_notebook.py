@@ -1,10 +1,12 @@
-"""A cell that is run too early says which cell to run first."""
+"""What notebooks share: their opening, and a word on which cell to run first when one is run too early."""
 
 import json
 
 import pytest
+import torch
 from IPython.core.interactiveshell import InteractiveShell
 
+import dpo_utils.notebook
 from dpo_utils.notebook import cell_that_makes, explain_missing_names, names_made
 
 CELLS = ["import math as m", "def f(x):\n    return x", "total, *rest = f([1, 2])", "print(total + m.pi)", "print(nowhere)"]
@@ -64,3 +66,12 @@ def test_a_name_that_no_cell_makes_keeps_its_trace(folder, capsys, cell):
 
 def test_nothing_happens_outside_ipython():
     explain_missing_names()
+
+
+def test_setup_prints_the_profile_with_the_readers_changes(capsys, monkeypatch):
+    monkeypatch.setenv("DPO_PROFILE", "tiny")
+    monkeypatch.setattr(dpo_utils.notebook, "explain_missing_names", lambda: None)
+    monkeypatch.setattr(torch, "set_num_threads", lambda n: None)
+    profile = dpo_utils.setup(target_modules=("q_proj", "v_proj"), beta=0.3)
+    out = capsys.readouterr().out
+    assert profile.target_modules == ("q_proj", "v_proj") and "LoRA r=16 on q_proj v_proj\n" in out and "beta 0.3" in out
