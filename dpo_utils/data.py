@@ -9,6 +9,7 @@ import argparse
 import difflib
 import hashlib
 import json
+import os
 import re
 import unicodedata
 from collections import Counter
@@ -211,8 +212,10 @@ def choose_adapter(names: set[str], kind: Kind, columns: dict, source: str) -> C
             return adapt
     missing = [field for field in kind.fields if field not in names]
     mapping = {field: nearest(field, names) or "your name for it" for field in missing}
+    shell = ",".join(f"{ours}={theirs}" for ours, theirs in mapping.items())
     raise PreferenceDataError(
-        f"{source}: no column {', '.join(map(repr, missing))}; the columns are {sorted(names)}. Rename, or pass columns={mapping}"
+        f"{source}: no column {', '.join(map(repr, missing))}; the columns are {sorted(names)}. "
+        f"Rename, pass columns={mapping}, or set DPO_COLUMNS={shell!r}"
     )
 
 
@@ -335,6 +338,17 @@ def column_name(text: str) -> tuple[str, str]:
     if not (ours and theirs):
         raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in --column prompt=Question")
     return ours, theirs
+
+
+def columns_asked_for() -> dict | None:
+    """`DPO_COLUMNS`, as in `prompt=Question,chosen=Best Answer`: our names -> the file's own; None if it is not set."""
+    named = os.environ.get("DPO_COLUMNS")
+    try:
+        return dict(column_name(part) for part in named.split(",")) if named else None
+    except argparse.ArgumentTypeError:
+        raise ValueError(
+            f"DPO_COLUMNS={named!r}: write OURS=THEIRS with commas between, as in prompt=Question,chosen=Good"
+        ) from None
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ from datasets import concatenate_datasets
 
 from dpo_utils.audit import audit
 from dpo_utils.checkpoints import SettingsChanged, load_cache, save_cache
-from dpo_utils.data import column_name, load_demonstrations, load_preferences, split_by_prompt
+from dpo_utils.data import column_name, columns_asked_for, load_demonstrations, load_preferences, split_by_prompt
 from dpo_utils.fit import engine, fit, options_for, read_history
 from dpo_utils.keys import reference_key
 from dpo_utils.logps import all_logps
@@ -166,13 +166,14 @@ def reference_logps(model, tokenizer, items, profile: Profile, output=None, fres
 def training_data(stage: str, profile: Profile, **options):
     """(train, held out) of the profile's demonstrations or preferences; the split is by prompt.
 
-    options: columns and on_error of `data.load_preferences`.
+    options: columns (by default those of `DPO_COLUMNS`) and on_error of `data.load_preferences`.
     """
     if stage == "sft":
         rows = load_demonstrations(profile.sft_dataset, revision=profile.sft_dataset_revision, **options)
         return rows, None
     if profile.dataset == "tiny":
         return load_preferences("tiny"), load_preferences("tiny", split="test")
+    options["columns"] = options.get("columns") or columns_asked_for()
     pairs = load_preferences(profile.dataset, revision=profile.dataset_revision, **options)
     if profile.max_prompts and len(pairs) > profile.max_prompts:
         pairs = pairs.shuffle(seed=0).select(range(profile.max_prompts))

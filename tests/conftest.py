@@ -17,7 +17,7 @@ os.environ.update(
 )
 for name in ("DPO_RUNS", "DPO_FIGURES"):
     os.environ.setdefault(name, str(Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}" / name[4:].lower()))
-for name in ("DPO_MODEL", "DPO_DATASET"):
+for name in ("DPO_MODEL", "DPO_DATASET", "DPO_COLUMNS"):
     os.environ.pop(name, None)
 
 import pytest  # noqa: E402

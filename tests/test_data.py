@@ -24,6 +24,8 @@ from dpo_utils.data import (
     prompt_key,
     split_by_prompt,
 )
+from dpo_utils.profiles import load_profile
+from dpo_utils.train import training_data
 
 GOOD = [{"prompt": f"Question {n}?", "chosen": f"True answer {n}", "rejected": f"False answer {n}"} for n in (1, 2, 3)]
 SHARED = os.environ.get("DPO_SHARED_DATA")
@@ -597,3 +599,20 @@ def test_truthfulqa_csv():
     mapped = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Best Incorrect Answer"}
     loaded = load_preferences(Path(SHARED) / "truthfulqa" / "TruthfulQA_part.csv", columns=mapped)
     assert len(loaded) == 407 and loaded[0]["rejected"] == "Fortune cookies originated in Japan"
+
+
+def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
+    path = tmp_path / "mine.csv"
+    path.write_text("Question,Best Answer,Worst\n" + "".join(f"Why {i}?,So.,No.\n" for i in range(5)))
+    mine = load_profile("tiny", dataset=str(path))
+    with pytest.raises(PreferenceDataError, match=r"or set DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,rejected=[^,]+'"):
+        training_data("dpo", mine)
+    monkeypatch.setenv("DPO_COLUMNS", "prompt=Question,chosen=Best Answer,rejected=Worst")
+    train, held_out = training_data("dpo", mine)
+    assert (len(train), len(held_out), train[0]["chosen"], train[0]["rejected"]) == (4, 1, "So.", "No.")
+    with pytest.raises(PreferenceDataError, match="no column"):  # what is said in code wins
+        training_data("dpo", mine, columns={"prompt": "Question"})
+    assert len(training_data("dpo", load_profile("tiny"))[0]) == 1200
+    monkeypatch.setenv("DPO_COLUMNS", "Question")
+    with pytest.raises(ValueError, match="DPO_COLUMNS='Question': write OURS=THEIRS"):
+        training_data("dpo", mine)
