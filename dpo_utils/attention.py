@@ -1,42 +1,68 @@
 """PyTorch's attention (sdpa) in two forms of our own, under names that Transformers knows them by.
 
-`sdpa_blocks` leaves out what lies beyond every token's view. `sdpa_float32` does the same with scores in float32, for
-models whose scores overflow in float16. Both equal sdpa; `logps.why_plain` accepts all three.
+A mask says in row i which tokens token i may look at; in a causal one nothing stands right of the diagonal.
+`sdpa_blocks` does not compute what stands there; `sdpa_float32` does the same with scores in float32, for models
+whose scores overflow in float16. Both are sdpa for every mask: what is not causal runs whole.
 """
 
 import torch
+import torch.nn.functional as F
+from torch.utils.weak import WeakIdKeyDictionary
 from transformers import AttentionInterface
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-BLOCK = 256  # queries at a time; shorter rows run as one
+BLOCK = 256  # tokens at a time; shorter rows run whole
 SDPA = ("sdpa", "sdpa_blocks", "sdpa_float32")  # implementations that honour a boolean 4-D mask
+# Model types for which a test shows that nothing but the arithmetic changes with the name of the attention: a few
+# others (DeepSeek-V3.2, Falcon) do something else under a name they do not know, and stay with sdpa.
+TESTED = ("gpt2", "gpt_neox", "llama", "mistral", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+_CAUSAL = WeakIdKeyDictionary()  # mask -> is it causal: all layers share one mask, so it is looked at once
 
 
-def sdpa_blocks(module, query, key, value, attention_mask, **options):
-    """Causal attention, a block of queries at a time: no query looks beyond its block, so no score there is computed.
+def sdpa_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
+    """Attention, a block of tokens at a time, each over the keys up to the block's end: no more is causal.
 
-    query (B, heads, L, D); key and value (B, key heads, L, D); attention_mask (B, 1, L, L), true where a query may
-    look, and never above the diagonal. Returns ((B, L, heads, D), None), as Transformers' own sdpa, which is called
-    once for everything that is not such a square: a cached prefix, no mask, an encoder, few queries.
+    query (B, heads, L, D); key and value (B, key heads, L, D); attention_mask (B, 1, L, L), true where a token may
+    look. Returns ((B, L, heads, D), None), as Transformers' own sdpa, which it calls for everything else.
     """
     length = query.shape[2]
-    square = attention_mask is not None and key.shape[2] == length and getattr(module, "is_causal", True)
-    if not square or length <= BLOCK or options.get("position_bias") is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+    more = any(options.get(name) is not None for name in ("position_bias", "softcap"))
+    if length <= BLOCK or more or not _causal_square(attention_mask, length, key):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **options)
+    groups = query.shape[1] // key.shape[1]
+    key, value = repeat_kv(key, groups), repeat_kv(value, groups)
     blocks = []
     for start in range(0, length, BLOCK):
         end = start + BLOCK
         mask = attention_mask[:, :, start:end, :end]
-        block = query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask
-        blocks.append(sdpa_attention_forward(module, *block, **options)[0])
-    return torch.cat(blocks, dim=1), None
+        queries, keys, values = query[:, :, start:end], key[:, :, :end], value[:, :, :end]
+        blocks.append(F.scaled_dot_product_attention(queries, keys, values, mask, dropout, scale=scaling))
+    return torch.cat(blocks, dim=2).transpose(1, 2).contiguous(), None
+
+
+def _causal_square(mask, length: int, key) -> bool:
+    """Is it a boolean (.., L, L) with nothing right of the diagonal? Compiled code, which cannot look, is told no."""
+    if mask is None or mask.dtype != torch.bool or torch.compiler.is_compiling():
+        return False
+    if mask.shape[-2:] != (length, length) or key.shape[2] != length:
+        return False
+    if mask not in _CAUSAL:
+        _CAUSAL[mask] = not mask.triu(1).any().item()
+    return _CAUSAL[mask]
 
 
 def sdpa_float32(module, query, key, value, attention_mask, **options):
     """The same with scores in float32: Phi-2's overflow in float16. Returns the type of the query."""
     out, weights = sdpa_blocks(module, query.float(), key.float(), value.float(), attention_mask, **options)
     return out.to(query.dtype), weights
+
+
+def use(model, name: str) -> None:
+    """Switch a model that runs under sdpa to `name`, if its type is one of `TESTED`; leave any other as it is."""
+    config = model.config.get_text_config()
+    if config.model_type in TESTED and config._attn_implementation == "sdpa":
+        model.set_attn_implementation(name)
 
 
 for function in (sdpa_blocks, sdpa_float32):

@@ -12,7 +12,7 @@ from tqdm import tqdm
 
 from dpo_utils import checkpoints
 from dpo_utils.keys import run_key
-from dpo_utils.logps import why_plain
+from dpo_utils.logps import unwrap, why_plain
 from dpo_utils.models import save_adapter, trainable
 from dpo_utils.preflight import after_first_step, before_first_step
 from dpo_utils.profiles import Profile, make_plan
@@ -87,7 +87,8 @@ def _resume(run: Run) -> None:
     if checkpoint is None:
         reason = why_plain(run.model)
         if reason or run.folder:
-            say(f"log-probs: plain rows, since {reason}" if reason else "log-probs: shared rows")
+            how = f"plain rows, since {reason}" if reason else "shared rows"
+            say(f"log-probs: {how}; attention {unwrap(run.model).config.get_text_config()._attn_implementation}")
         return None
     key, weights, optimizer_state, run.history = checkpoints.load(checkpoint)
     checkpoints.require_same(key, run.key, run.folder)

@@ -5,14 +5,19 @@ same (`tokens.pack_rows`), applies the output head only where a scored token is 
 `why_plain` says when a model must fall under the definition.
 """
 
+from weakref import WeakKeyDictionary
+
 import torch
 import torch.nn.functional as F
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from dpo_utils.attention import SDPA
-from dpo_utils.tokens import collate_rows, pack_rows, plan_rows
+from dpo_utils.tokens import collate_rows, pack_rows, plan_plain_rows, plan_rows
 
 HEAD_CHUNK = 1024  # rows of logits that are alive at once
+TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, between two batchings; half precision: 2e-2
+_TRIED = WeakKeyDictionary()  # model -> {attention: why shared rows are not for it, or None}
 
 
 def sequence_logps(logits, input_ids, completion_mask):
@@ -86,7 +91,10 @@ def shared_logps(model, rows):
 
 
 def why_plain(model) -> str | None:
-    """Why this model cannot use shared rows, in a few words; None if it can."""
+    """Why this model cannot use shared rows, in a few words; None if it can.
+
+    What its settings do not say is tried once, on a few tokens.
+    """
     causal_lm = unwrap(model)
     config, head = causal_lm.config.get_text_config(), causal_lm.get_output_embeddings()
     if config._attn_implementation not in SDPA:
@@ -100,6 +108,40 @@ def why_plain(model) -> str | None:
     for name in ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling"):
         if getattr(config, name, None) not in (None, 1, 1.0):
             return f"the logits are rescaled ({name})"
+    tried = _TRIED.setdefault(causal_lm, {})
+    if config._attn_implementation not in tried:
+        tried[config._attn_implementation] = _trial(causal_lm)
+    return tried[config._attn_implementation]
+
+
+@torch.no_grad()
+def _trial(model) -> str | None:
+    """Do shared rows give the definition's log-probs, and does no completion hear another? If not, what happened."""
+    draw = torch.Generator().manual_seed(0)
+    vocabulary = model.get_output_embeddings().out_features
+    stem, *ends, other = (torch.randint(vocabulary, (9,), generator=draw).tolist() for _ in range(6))
+    items = [(stem, ends[:2]), (stem[:5], ends[2:])]
+    training = [module for module in model.modules() if module.training]
+    model.eval()
+    try:
+        plain = plain_logps(model, items, 0)
+        shared = shared_logps(model, pack_rows([items], 0))
+        changed = shared_logps(model, pack_rows([[(stem, [other, ends[1]]), items[1]]], 0))
+    except Exception as problem:
+        if should_reduce_batch_size(problem):  # out of memory says nothing about the model
+            raise
+        return f"it fails on shared rows ({type(problem).__name__}: {problem})"
+    finally:
+        for module in training:
+            module.training = True
+    if not torch.isfinite(plain).all():
+        return None  # the check before the first step has the words for this
+    if not torch.equal(shared[1:], changed[1:]):  # exactly: what is masked is multiplied by zero
+        leak = (shared - changed)[1:].abs().max()
+        return f"log-probs move by {leak:.1g} nats with another completion in their row: some layers pass over the mask"
+    gap = (shared - plain).abs()
+    if (gap > TOLERANCE.get(model.dtype, 2e-2) * (1 + plain.abs())).any():
+        return f"shared rows part from plain ones by {gap.max():.1g} nats"
     return None
 
 
@@ -110,7 +152,7 @@ def completion_logps(model, items, *, pad_id: int, micro_tokens: int, row_tokens
     by default the fast one wherever `why_plain` has no objection. The log-probs do not depend on the micro-batch.
     """
     plain = why_plain(model) is not None if plain is None else plain
-    for rows in plan_rows(items, row_tokens, micro_tokens):
+    for rows in plan_plain_rows(items, micro_tokens) if plain else plan_rows(items, row_tokens, micro_tokens):
         numbers = [i for row in rows for i in row]
         if plain:
             logps = plain_logps(model, [items[i] for i in numbers], pad_id)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from transformers.activations import NewGELUActivation
 from transformers.pytorch_utils import Conv1D
 
-from dpo_utils import attention  # noqa: F401  its names must be known before a model is loaded with one
+from dpo_utils import attention
 from dpo_utils.profiles import Profile, make_plan
 
 REFERENCE = "reference"  # name of the frozen adapter that holds the reference, where the base alone is not it
@@ -61,9 +61,9 @@ def load_base(profile: Profile, quantize: bool | None = None):
         dtype=plan.dtype,
         quantization_config=quantisation_config(plan.dtype) if quantize else None,
         device_map={"": plan.device},
-        attn_implementation=plan.attention,
         use_safetensors=True,
     )
+    attention.use(model, plan.attention)
     disarm_cpu_repacking(model)
     turn_dropout_off(model)
     fuse_gelu(model)

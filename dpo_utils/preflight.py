@@ -4,10 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
-from dpo_utils.logps import all_logps
+from dpo_utils.logps import TOLERANCE, all_logps
 from dpo_utils.models import as_reference, check_adapter
-
-TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, between two batchings; half precision: 2e-2
 
 
 @dataclass(frozen=True)

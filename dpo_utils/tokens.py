@@ -266,6 +266,12 @@ def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]
     return _fill([(row, shared + length) for length, _, row in _spread(sizes, room, enough)], micro_tokens)
 
 
+def plan_plain_rows(items, micro_tokens: int) -> list[list[list[int]]]:
+    """The same for plain rows, one padded row a completion: every item alone, micro-batches within their budget."""
+    lengths = [len(completions) * (len(prompt) + max(map(len, completions))) for prompt, completions in items]
+    return _fill([([i], length) for i, length in enumerate(lengths)], micro_tokens)
+
+
 def _spread(sizes, room: int, count: int) -> list[tuple[int, int, list[int]]]:
     """Item numbers in `count` rows (more if they do not fit), longest first, each to the shortest row so far."""
     rows = [(0, n, []) for n in range(count)]  # a heap of (length, row number, items): the shortest row on top

@@ -2,25 +2,32 @@
 
 import pytest
 import torch
-from small import CONFIGS, random_items, small_model
+import torch.nn.functional as F
+from small import CONFIGS, VOCABULARY, random_items, small_model
 from test_logps import loss_and_gradients
+from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, GPTNeoConfig
 
 from dpo_utils import attention
-from dpo_utils.logps import unwrap, why_plain
+from dpo_utils.logps import plain_logps, shared_logps, unwrap, why_plain
+from dpo_utils.tokens import pack_rows
 
 LONG = random_items(4, seed=1, head=9) + random_items(2, seed=2, prompt=(30, 40), completion=(1, 40))
+SIZES = {
+    "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": VOCABULARY,
+    "num_key_value_heads": 2, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "sliding_window": None,
+}  # fmt: skip
 
 
 @pytest.fixture
 def calls(monkeypatch):
-    """(queries, keys) of every call to Transformers' sdpa, under blocks of 7 tokens."""
-    seen, real = [], attention.sdpa_attention_forward
+    """(queries, keys) of every call of PyTorch's sdpa, under blocks of 7 tokens."""
+    seen, real = [], F.scaled_dot_product_attention
 
-    def spy(module, query, key, value, mask, **options):
+    def spy(query, key, *rest, **options):
         seen.append((query.shape[2], key.shape[2]))
-        return real(module, query, key, value, mask, **options)
+        return real(query, key, *rest, **options)
 
-    monkeypatch.setattr(attention, "sdpa_attention_forward", spy)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", spy)
     monkeypatch.setattr(attention, "BLOCK", 7)
     return seen
 
@@ -31,9 +38,10 @@ def test_blocks_equal_the_definition(kind, name, calls):
     """Value and every gradient, against plain rows under PyTorch's attention."""
     model = small_model(kind)
     wanted, wanted_grads = loss_and_gradients(model, LONG, plain=True)
-    assert not calls
+    assert all(queries == keys for queries, keys in calls)
     unwrap(model).set_attn_implementation(name)
     assert why_plain(model) is None
+    calls.clear()
     got, grads = loss_and_gradients(model, LONG, plain=False)
     tolerance = 1e-10 if name == "sdpa_blocks" else 1e-4  # the other one's scores are float32 by design
     assert (got - wanted).abs().max() < tolerance
@@ -41,33 +49,117 @@ def test_blocks_equal_the_definition(kind, name, calls):
     assert {(7, 7), (7, 14), (7, 21)} <= set(calls) and max(queries for queries, _ in calls) == 7
 
 
-def test_a_block_may_end_anywhere(calls):
-    """Also with a last block of a single query, which grouped heads treat on their own."""
+@pytest.mark.parametrize("kind", attention.TESTED)
+def test_the_name_changes_nothing_but_the_arithmetic(kind, calls):
+    """Every model type that is switched: logits of shared rows, and of plain padded ones."""
     torch.manual_seed(0)
-    layer = unwrap(small_model("llama")).model.layers[0].self_attn
-    for length in (7, 8, 13, 14, 15):
+    model = (
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **SIZES), attn_implementation="sdpa")
+        .eval()
+        .requires_grad_(False)
+    )
+    with torch.no_grad():
+        [p.mul_(4.0) for p in model.parameters() if p.dim() > 1]
+        wanted = plain_logps(model, [item for item in LONG], 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
+        attention.use(model, "sdpa_blocks")
+        assert model.config._attn_implementation == "sdpa_blocks" and why_plain(model) is None
+        calls.clear()
+        got = plain_logps(model, [item for item in LONG], 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-4) for a, b in zip(got, wanted, strict=True))
+    assert (7, 14) in calls and wanted[0].std() > 1
+
+
+def test_models_that_are_not_tested_keep_their_attention(tmp_path, monkeypatch):
+    """Falcon has no attention under other names, GPT-Neo none but eager: both load, and give the definition's log-probs."""
+    from small_runs import profile
+
+    from dpo_utils import models
+
+    for config, name in (
+        (FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False), "sdpa"),
+        (
+            GPTNeoConfig(vocab_size=VOCABULARY, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global"], 2]]),
+            "eager",
+        ),
+    ):
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / name)
+        model = models.load_base(profile(model=str(tmp_path / name), quantize=False))
+        assert model.config._attn_implementation == name
+        assert (why_plain(model) is None) == (name == "sdpa") and (name == "sdpa" or "eager" in why_plain(model))
+
+
+def layer(groups: int = 1) -> torch.nn.Module:
+    """All that sdpa asks of an attention layer."""
+    module = torch.nn.Module()
+    module.is_causal, module.num_key_value_groups = True, groups
+    return module
+
+
+def test_a_block_may_end_anywhere(calls):
+    """Also with a last block of a single token, with grouped heads, and with a mask for each head."""
+    torch.manual_seed(0)
+    for length in (8, 13, 14, 15):
         query, key = torch.randn(2, 4, length, 8).double(), torch.randn(2, 2, length, 8).double()
-        mask = torch.ones(length, length, dtype=torch.bool).tril() & (torch.rand(2, 1, length, length) < 0.7)
-        mask |= torch.eye(length, dtype=torch.bool)
-        got, _ = attention.sdpa_blocks(layer, query, key, key, mask)
-        wanted, _ = attention.sdpa_attention_forward(layer, query, key, key, mask)
-        assert (got - wanted).abs().max() < 1e-14 and got.shape == (2, length, 4, 8)
+        for heads in (1, 4):
+            mask = torch.rand(2, heads, length, length).tril() > 0.3
+            mask |= torch.eye(length, dtype=torch.bool)
+            got, _ = attention.sdpa_blocks(layer(2), query, key, key, mask, scaling=0.3)
+            wanted, _ = attention.sdpa_attention_forward(layer(2), query, key, key, mask, scaling=0.3)
+            assert (got - wanted).abs().max() < 1e-14 and got.shape == (2, length, 4, 8) and got.is_contiguous()
     assert (1, 8) in calls and (1, 15) in calls
 
 
-@pytest.mark.parametrize("why", ["short", "no mask", "cached", "encoder", "position bias"])
-def test_it_steps_aside(why, calls):
-    layer = torch.nn.Module()
-    layer.is_causal, layer.num_key_value_groups = why != "encoder", 1
-    length, keys = (7 if why == "short" else 9), (12 if why == "cached" else 7 if why == "short" else 9)
-    mask = None if why == "no mask" else torch.ones(1, 1, length, keys, dtype=torch.bool).tril(keys - length)
-    if why == "encoder":
-        mask = torch.ones_like(mask)
-    query, key = torch.randn(1, 2, length, 8), torch.randn(1, 2, keys, 8)
-    bias = {"position_bias": torch.randn(1, 2, length, keys)} if why == "position bias" else {}
-    got, _ = attention.sdpa_blocks(layer, query, key, key, mask, **bias)
-    assert calls == [(length, keys)]
-    assert torch.equal(got, attention.sdpa_attention_forward(layer, query, key, key, mask, **bias)[0])
+def _masks(length: int) -> dict:
+    ones = torch.ones(1, 1, length, length, dtype=torch.bool)
+    return {
+        "none": None,
+        "short": ones[..., :7, :7].tril(),
+        "a prefix seen by all": ones.tril() | (torch.arange(length) < 4),
+        "one token ahead": ones.tril(1),
+        "keys alone": ones[..., :1, :],
+        "numbers": torch.zeros(ones.shape).masked_fill(~ones.tril(), -1e9),
+        "cached": torch.ones(1, 1, length, length + 3, dtype=torch.bool).tril(3),
+        "biased": ones.tril(),
+    }
+
+
+@pytest.mark.parametrize("case", _masks(9))
+def test_everything_else_runs_whole(case, calls):
+    mask = _masks(9)[case]
+    queries, keys = {"short": (7, 7), "cached": (9, 12)}.get(case, (9, 9))
+    query, key = torch.randn(1, 2, queries, 8), torch.randn(1, 2, keys, 8)
+    options = {"position_bias": torch.randn(1, 2, 9, 9)} if case == "biased" else {}
+    got, _ = attention.sdpa_blocks(layer(), query, key, key, mask, **options)
+    assert calls == [(queries, keys)]
+    assert torch.equal(got, attention.sdpa_attention_forward(layer(), query, key, key, mask, **options)[0])
+
+
+def test_softcapped_scores_are_refused_as_by_sdpa(calls):
+    query, mask = torch.randn(1, 2, 9, 8), torch.ones(1, 1, 9, 9, dtype=torch.bool).tril()
+    with pytest.raises(ValueError, match="softcap"):
+        attention.sdpa_blocks(layer(), query, query, query, mask, softcap=30.0)
+
+
+def test_the_mask_is_looked_at_once(monkeypatch, calls):
+    looks, real = [], torch.Tensor.triu
+    monkeypatch.setattr(torch.Tensor, "triu", lambda self, *a: (looks.append(1), real(self, *a))[1])
+    model = unwrap(small_model("phi"))
+    model.set_attn_implementation("sdpa_blocks")
+    shared_logps(model, pack_rows([LONG], 0))
+    assert len(looks) == 1 and len(calls) > 2
+
+
+def test_compiled_layers_are_not_compiled_again_for_every_length():
+    from torch._dynamo.testing import CompileCounter
+
+    counter = CompileCounter()
+    compiled = torch.compile(attention.sdpa_blocks, backend=counter, dynamic=True)
+    for length in (300, 400, 520, 777, 801):
+        query, mask = torch.randn(1, 2, length, 8), torch.ones(1, 1, length, length, dtype=torch.bool).tril()
+        got, _ = compiled(layer(), query, query, query, mask)
+        assert torch.allclose(got, attention.sdpa_blocks(layer(), query, query, query, mask)[0], atol=1e-5)
+    assert counter.frame_count <= 2
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
@@ -79,7 +171,7 @@ def test_padded_prompts_are_continued_alike(kind, calls):
     mask[0, :5] = 0
     options = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False, "pad_token_id": 2}
     wanted = model.generate(ids, **options)
-    assert not calls
     model.set_attn_implementation("sdpa_blocks")
+    calls.clear()
     assert torch.equal(model.generate(ids, **options), wanted)
-    assert (7, 14) in calls and any(queries == 1 and keys > 19 for queries, keys in calls)
+    assert (7, 14) in calls and any(keys > 19 for _, keys in calls)

@@ -4,10 +4,12 @@ import math
 
 import pytest
 import torch
-from small import CONFIGS, random_items, small_model
+from small import CONFIGS, IDS, SHAPE, random_items, small_model
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_utils import logps as L
 from dpo_utils.checks import check_sequence_logps
+from dpo_utils.models import turn_dropout_off
 from dpo_utils.tokens import collate, pack_rows
 
 CASES = {
@@ -131,3 +133,74 @@ def test_the_rejected_half_does_not_see_the_chosen_half():
     one = L.shared_logps(model, pack_rows([[(prompt, [chosen, rejected])]], 2))
     other = L.shared_logps(model, pack_rows([[(prompt, [[7] * len(chosen), rejected])]], 2))
     assert one[1] == other[1] and one[0] != other[0]
+
+
+# --- models whose settings do not say that shared rows are not for them -----------------------------------------------
+
+HYBRIDS = {  # recurrent or convolutional layers go through a row token by token, whatever the mask says
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16, "mamba_d_state": 8, "mamba_n_groups": 1},
+    "lfm2": {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64},
+    "bert": {"is_decoder": True},  # a transform of its own before the head
+    "llama4_text": {"num_local_experts": 2},  # no base model to ask for hidden states
+}
+WORDS = {
+    "falcon_h1": "pass over the mask",
+    "lfm2": "pass over the mask",
+    "bert": "part from plain",
+    "llama4_text": "fails on shared",
+}
+
+
+@pytest.fixture
+def hybrid():
+    """A function that makes a small random model of a type in HYBRIDS."""
+
+    def make(kind):
+        torch.manual_seed(0)
+        shape = {**SHAPE, **IDS, "num_key_value_heads": 2, "head_dim": 8, **HYBRIDS[kind]}
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **shape), attn_implementation="sdpa")
+        for parameter in model.parameters():
+            parameter.data *= 4 if parameter.dim() > 1 else 1
+        return turn_dropout_off(model) or model.requires_grad_(False)
+
+    return make
+
+
+@pytest.mark.parametrize("kind", HYBRIDS)
+def test_models_that_hear_other_completions_fall_under_the_plain_form(kind, hybrid):
+    model, items = hybrid(kind), random_items(3, seed=12)
+    model.train()
+    assert WORDS[kind] in L.why_plain(model) and all(module.training for module in model.modules())
+    if kind != "llama4_text":  # that one cannot run at all
+        assert (L.shared_logps(model, pack_rows([items], 2)) - L.plain_logps(model, items, 2)).abs().max() > 1e-3
+    values = L.all_logps(model, items, pad_id=2, micro_tokens=999, row_tokens=99)
+    assert torch.allclose(values.flatten(), L.plain_logps(model, items, 2), atol=1e-4)
+
+
+def test_a_model_is_tried_once_for_each_attention(monkeypatch):
+    model, tries = small_model("phi"), []
+    monkeypatch.setattr(L, "_trial", lambda model: tries.append(model.config._attn_implementation))
+    for name in ("sdpa", "sdpa", "sdpa_blocks", "sdpa"):
+        L.unwrap(model).set_attn_implementation(name)
+        assert L.why_plain(model) is None
+    assert tries == ["sdpa", "sdpa_blocks"]
+
+
+def test_running_out_of_memory_says_nothing_about_the_model(monkeypatch):
+    model = small_model("phi")
+
+    def full(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    monkeypatch.setattr(L, "shared_logps", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        L.why_plain(model)
+    monkeypatch.undo()
+    assert L.why_plain(model) is None
+
+
+def test_a_model_whose_numbers_are_not_finite_is_left_to_the_check_before_the_first_step():
+    model = small_model("phi")
+    with torch.no_grad():
+        L.unwrap(model).get_input_embeddings().weight.fill_(float("nan"))
+    assert L.why_plain(model) is None

@@ -18,7 +18,7 @@ from dpo_utils.profiles import PHI_TARGETS
 from dpo_utils.tokens import item_length, plan_rows
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2560}
-FLOPS, BYTES = 0.60, 0.38  # of the plain form's; measured 0.585 and 0.367
+FLOPS, BYTES = 0.65, 0.57  # of the plain form's at the same budget of tokens; measured 0.638 and 0.559
 ATTENTION = 0.60  # of whole squares; measured 0.589
 
 
@@ -84,13 +84,16 @@ def test_fewer_bytes(costs):
     assert within(costs["fast", "memory"]["peak_bytes"], costs["plain", "memory"]["peak_bytes"], BYTES)
 
 
-def test_long_rows_hardly_score_what_the_mask_hides():
-    """Pairs of about 1,000 tokens: operations of attention, in blocks against whole squares."""
+def test_long_rows_leave_out_most_of_what_the_mask_hides():
+    """Pairs of about 1,000 tokens and more: operations of attention, in blocks against whole squares."""
     pairs = items(3, "hh")
     squares, loss = cost(phi(attention="sdpa"), "flops", plain=False, pairs=pairs)
     blocks, same = cost(phi(), "flops", plain=False, pairs=pairs)
     assert same == pytest.approx(loss, rel=1e-5)
-    assert 0.45 < blocks["attention_flops"] / squares["attention_flops"] < ATTENTION
+    share = blocks["attention_flops"] / squares["attention_flops"]
+    seen = sum(p * p / 2 + sum(n * p + n * n / 2 for n in (c, r)) for p, c, r in pair_lengths("hh", 3))
+    seen /= sum((p + c + r) ** 2 for p, c, r in pair_lengths("hh", 3))
+    assert seen < share < ATTENTION and 1 - share > 0.5 * (1 - seen)
 
 
 def test_a_slow_path_in_disguise_fails_both(costs):
@@ -99,12 +102,12 @@ def test_a_slow_path_in_disguise_fails_both(costs):
     assert not within(cost(model, "memory", plain=True)[0]["peak_bytes"], costs["plain", "memory"]["peak_bytes"], BYTES)
 
 
-def test_memory_follows_the_micro_batch_and_operations_hardly(costs):
+def test_a_wider_micro_batch_costs_memory_and_padding(costs):
     model = phi()
     wide, _ = cost(model, "memory", plain=False, micro_tokens=2048)
-    assert costs["fast", "memory"]["peak_bytes"] < 0.5 * wide["peak_bytes"]
+    assert costs["fast", "memory"]["peak_bytes"] < 0.35 * wide["peak_bytes"]
     more, _ = cost(model, "flops", plain=False, micro_tokens=2048)
-    assert costs["fast", "flops"]["flops"] <= more["flops"] < 1.35 * costs["fast", "flops"]["flops"]
+    assert costs["fast", "flops"]["flops"] <= more["flops"] < 1.2 * costs["fast", "flops"]["flops"]
 
 
 @pytest.mark.parametrize(
@@ -116,14 +119,14 @@ def test_rows_are_hardly_padded(n, row_tokens, micro_tokens, most):
     assert sum(len(lengths) * max(lengths) for lengths in batches) <= most * sum(map(item_length, pairs))
 
 
-def test_checkpointing_trades_a_third_more_operations_for_memory(costs):
+def test_checkpointing_trades_half_more_operations_for_memory(costs):
     model = phi()
     model.enable_input_require_grads()
     model.gradient_checkpointing_enable({"use_reentrant": False})
     model.train()
     assert cost(model, "memory", plain=False)[0]["peak_bytes"] < 0.6 * costs["fast", "memory"]["peak_bytes"]
     ratio = cost(model, "flops", plain=False)[0]["flops"] / costs["fast", "flops"]["flops"]
-    assert 1.3 < ratio < 1.6
+    assert 1.4 < ratio < 1.55
 
 
 def test_the_meter_counts_what_can_be_worked_by_hand():

@@ -4,11 +4,13 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import random_items
 
 from dpo_utils import tokens as T
 from dpo_utils.checks import check_collate
 from dpo_utils.models import load_tokenizer
 from dpo_utils.profiles import load_profile
+from dpo_utils.tokens import collate_rows, plan_plain_rows
 
 TOKENIZER = load_tokenizer(load_profile("tiny"))
 PIECES = [*"ab 0159\n\té漢字🙂.?", "<|endoftext|>", "<|user|>", "  "]
@@ -136,3 +138,15 @@ def test_plan_rows_uses_every_item_once_within_the_budgets(sizes, row_tokens, mi
 def test_a_demonstration_is_closed_by_one_eos():
     row = T.tokenize_demonstration({"prompt": "Q?", "completion": "A."}, TOKENIZER, 64)
     assert row["completion_ids"][-1] == TOKENIZER.eos_token_id and torch.tensor(row["completion_ids"]).eq(0).sum() == 1
+
+
+def test_plain_rows_keep_to_their_budget_too():
+    """Counted as they are run: every completion a row, all rows as wide as the widest."""
+    items = random_items(20, seed=3, prompt=(3, 30), completion=(1, 40), head=8)
+    batches = plan_plain_rows(items, 300)
+    assert sorted(i for batch in batches for row in batch for i in row) == list(range(20))
+    for batch in batches:
+        cells = collate_rows([(items[i][0], c) for row in batch for i in row for c in items[i][1]], 0)["input_ids"].numel()
+        assert cells <= 300 or len(batch) == 1
+    assert max(map(len, batches)) > 2
+    assert plan_plain_rows([items[0]], 1) == [[[0]]]
