@@ -179,7 +179,7 @@ def check_adapter(model, profile: Profile) -> None:
     if found != wanted:
         raise ValueError(
             f"LoRA should sit on {wanted} but sits on {found}. The linear layers of {profile.model} are "
-            f"{' '.join(_linear_names(model))}: choose among them with target_modules=(...) in setup or load_profile, or "
+            f"{' '.join(_linear_names(model))}: choose among them with setup(target_modules=(...)) or --target-modules, or "
             "DPO_PROFILE=smollm2 for models like Llama."
         )
     for name, parameter in model.named_parameters():

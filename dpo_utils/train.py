@@ -190,6 +190,9 @@ def _arguments(argv):
     named = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
     parser.add_argument("--column", **named, help="a column's own name in the file, as in --column prompt=Question")
     parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="skip: bad rows are set aside, with reasons")
+    parser.add_argument(
+        "--target-modules", nargs="+", help="linear layers that get an adapter, for models other than the profile's"
+    )
     parser.add_argument("--steps", type=int)
     parser.add_argument("--batch", type=int)
     parser.add_argument("--learning-rate", type=float)
@@ -205,6 +208,7 @@ def _profile(args) -> Profile:
     """The profile with the changes that the command line asks for."""
     prefix = "sft_" if args.stage == "sft" else ""
     changes = {prefix + "dataset": args.data, prefix + "steps": args.steps, prefix + "batch": args.batch}
+    changes |= {"target_modules": tuple(args.target_modules) if args.target_modules else None}
     changes |= {prefix + "learning_rate": args.learning_rate, "beta": args.beta, "seed": args.seed, "loss": args.loss}
     changes = {name: value for name, value in changes.items() if value is not None}
     return load_profile(args.profile, **changes, **({prefix + "dataset_revision": None} if args.data else {}))

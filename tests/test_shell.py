@@ -116,9 +116,10 @@ def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
 
 
 def test_a_run_folder_in_place_of_its_adapter_is_told_so(tmp_path, data, capsys):
-    main(["sft", "--profile", "tiny", "--output", str(tmp_path / "sft"), "--steps", "1", "--batch", "2"])
+    short = ["--steps", "1", "--batch", "2", "--target-modules", "q_proj", "fc2"]
+    main(["sft", "--profile", "tiny", "--output", str(tmp_path / "sft"), *short])
     out = capsys.readouterr().out
-    assert "SFT: 1 steps of 2 demonstrations" in out and "DPO:" not in out
+    assert "SFT: 1 steps of 2 demonstrations" in out and "DPO:" not in out and "r=16 on q_proj fc2\n" in out
     one_line(shell(tmp_path, data, "--adapter", str(tmp_path / "sft")), "did you mean .*sft/adapter")
 
 

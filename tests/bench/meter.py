@@ -48,7 +48,7 @@ class Meter:
         if self.what == "flops":
             self.flops.__exit__(*problem)
             by_kind = self.flops.get_flop_counts()["Global"]
-            attention = sum(by_kind.get(kind, 0) for kind in CPU_ATTENTION)
+            attention = sum(count for kind, count in by_kind.items() if "scaled_dot_product" in str(kind))
             self.result = {"flops": self.flops.get_total_flops(), "attention_flops": attention}
         if self.what == "memory":
             self.memory.__exit__(*problem)

@@ -13,11 +13,12 @@ import statistics
 import subprocess
 import sys
 import tempfile
+from importlib import metadata
 
 import matplotlib.pyplot as plt
 import torch
 from bench.meter import GPU
-from bench.shapes import MODELS, STEP, pair_lengths, save_model
+from bench.shapes import MODELS, QUANTISED, STEP, pair_lengths, save_model
 from bench.worker import VARIANTS
 
 from dpo_utils.plots import BLUE, GREY, ORANGE, save_figure
@@ -101,6 +102,14 @@ def floor_gflop(shape: str, lengths: str) -> float:
     return total / 1e9
 
 
+def settings(shape: str) -> dict:
+    """Where and how a case was measured; kept with it, since `--add` puts cases of several runs together."""
+    machine = torch.cuda.get_device_name() if GPU else platform.processor() or platform.machine()
+    versions = {name: metadata.version(name) for name in ("torch", "transformers", "trl")}
+    dtype = "NF4, bfloat16" if shape in QUANTISED else "float32"
+    return {"machine": machine, "dtype": dtype, "threads": 1, **versions}
+
+
 COLUMNS = {
     "pairs/s": (f"pairs_per_{CLOCK}_s", ".2f"), "wall": ("pairs_per_wall_s", ".2f"),
     "1 epoch": (f"pairs_per_{CLOCK}_s_1_epochs", ".2f"), "3 epochs": (f"pairs_per_{CLOCK}_s_3_epochs", ".2f"),
@@ -159,10 +168,9 @@ def main() -> None:
             title = f"model {shape}, {lengths}-like, {STEP[lengths]['pairs']} pairs a step"
             rows = measure(shape, lengths, args.rounds)
             against = {other: ratios(rows, other) for other in (DEFAULT, BEST, FAIREST)}
-            cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor_gflop(shape, lengths)}
+            cases[title] = {"rows": rows, "ours_over": against, "floor_gflop": floor_gflop(shape, lengths)} | settings(shape)
             print(report(title, cases[title]), flush=True)
-    settings = {"dtype": "float32", "threads": 1, "torch": torch.__version__, "cpu": platform.processor() or platform.machine()}
-    print("written:", save_figure(figure(cases), NAME, {**settings, "cases": cases}))
+    print("written:", save_figure(figure(cases), NAME, {"cases": cases}))
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ MODELS = {
 # Pairs a step, and pairs a micro-batch for those who cut by pairs (ours cuts by tokens).
 STEP = {"truthy": {"pairs": 16, "micro_pairs": 4}, "hh": {"pairs": 4, "micro_pairs": 2}}
 QUANTISED = {"phi2"}  # as its profile runs it: NF4, bfloat16; the others in float32
-SEED = 5  # of 200 draws one whose share of TRL's arithmetic is the median (within 0.006) in both length shapes
+SEED = 5  # an ordinary draw: on average 82, 70, 77 tokens in its short pairs, 602, 321, 277 in its long ones
 
 
 def save_model(shape: str, folder) -> None:
@@ -64,7 +64,7 @@ def _lognormal(rng, mean: float, deviation: float) -> float:
 
 
 def pair_lengths(lengths: str, count: int, seed: int = SEED) -> list[tuple[int, int, int]]:
-    """(prompt, chosen, rejected) tokens. truthy: about 89, 68, 68; hh: about 499, 247, 247, both with long tails."""
+    """(prompt, chosen, rejected) tokens. Over many draws 89, 69, 70 (truthy) and 489, 248, 246 (hh), with long tails."""
     rng = random.Random(seed)
     mean, deviation, low, high = {"truthy": (70, 35, 12, 260), "hh": (250, 110, 40, 700)}[lengths]
     out = []
