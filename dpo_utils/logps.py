@@ -15,7 +15,7 @@ from torch import nn
 from dpo_utils.attention import SDPA
 from dpo_utils.tokens import collate_rows, pack_rows, plan_plain_rows, plan_rows
 
-HEAD_CHUNK = 1024  # rows of logits that are alive at once
+HEAD_LOGITS = 2**23  # logits that are alive at once: 32 MiB in float32
 TOLERANCE = {torch.float32: 1e-4, torch.float64: 1e-4}  # relative, between two batchings; half precision: 2e-2
 _TRIED = WeakKeyDictionary()  # model -> {attention: why shared rows are not for it, or None}
 
@@ -53,8 +53,9 @@ class HeadLogps(torch.autograd.Function):
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logps = torch.empty(len(hidden), dtype=wide, device=hidden.device)
         slope = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
-        for start in range(0, len(hidden), HEAD_CHUNK):
-            part = slice(start, start + HEAD_CHUNK)
+        rows = max(1, HEAD_LOGITS // len(weight))
+        for start in range(0, len(hidden), rows):
+            part = slice(start, start + rows)
             label = labels[part, None]
             logits = F.linear(hidden[part], weight, bias).to(wide)
             log_z = logits.logsumexp(-1, keepdim=True)

@@ -74,8 +74,8 @@ def test_head_chunks_agree_with_one_log_softmax(monkeypatch):
     labels = torch.randint(19, (11,))
     expected = (hidden @ weight.T + bias).log_softmax(-1).gather(1, labels[:, None])[:, 0]
     (wanted,) = torch.autograd.grad((expected * torch.arange(11)).sum(), hidden)
-    for chunk in (1, 4, 11, 100):
-        monkeypatch.setattr(L, "HEAD_CHUNK", chunk)
+    for rows in (1, 4, 11, 100):
+        monkeypatch.setattr(L, "HEAD_LOGITS", 19 * rows + 1)
         got = L.HeadLogps.apply(hidden, weight, bias, labels)
         (grad,) = torch.autograd.grad((got * torch.arange(11)).sum(), hidden)
         assert torch.allclose(got, expected, atol=1e-12) and torch.allclose(grad, wanted, atol=1e-12)
