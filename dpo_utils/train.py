@@ -142,9 +142,10 @@ def reference_logps(model, tokenizer, items, profile: Profile, output=None, fres
     """
     key = reference_key(model, tokenizer, items, profile)
     cache = Path(output) / "reference.safetensors" if output else None
+    known_by = str((key, options_for(profile, tokenizer)))  # other rows round otherwise: no run's digits depend on an earlier one
     if cache and not fresh and (cached := load_cache(cache, key)) is not None:
         return cached
-    if not cache and (known := _SCORED.get(str(key))) is not None:
+    if not cache and (known := _SCORED.get(known_by)) is not None:
         return known.clone()
     accelerator = engine(model)
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
@@ -156,7 +157,7 @@ def reference_logps(model, tokenizer, items, profile: Profile, output=None, fres
     if cache and accelerator.is_main_process:
         save_cache(cache, logps, key)
     if not cache:
-        _SCORED[str(key)] = logps.clone()
+        _SCORED[known_by] = logps.clone()
     return logps
 
 

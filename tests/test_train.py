@@ -503,3 +503,13 @@ def test_a_tracker_gets_every_step_and_is_finished():
     assert [row["step"] for row in tracker.rows] == list(range(1, 8)) and tracker.finished
     assert [row["loss"] for row in tracker.rows] == [row["loss"] for row in history]
     assert tracker.config["beta"] == 0.1 and "learning_rate" in tracker.rows[0]
+
+
+def test_a_run_does_not_take_the_digits_of_one_with_other_rows(monkeypatch):
+    """Reference log-probs are kept for runs without a folder, each for its own cut into rows."""
+    monkeypatch.setattr(train, "_SCORED", {})
+    scored, real = [], train.all_logps
+    monkeypatch.setattr(train, "all_logps", lambda *a, **o: (scored.append(o["row_tokens"]), real(*a, **o))[1])
+    for row_tokens in (60, 60, 200, 60, 200):
+        dpo(None, profile(steps=1, row_tokens=row_tokens))
+    assert scored == [60, 200]
