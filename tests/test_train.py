@@ -513,3 +513,14 @@ def test_a_run_does_not_take_the_digits_of_one_with_other_rows(monkeypatch):
     for row_tokens in (60, 60, 200, 60, 200):
         dpo(None, profile(steps=1, row_tokens=row_tokens))
     assert scored == [60, 200]
+
+
+def test_compiled_layers_give_the_same_run(monkeypatch):
+    """The switch `compile_layers`, traced as for a GPU but run as it stands, so that no compiler is needed."""
+    compiled, real = [], torch.nn.Module.compile
+    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **o: (compiled.append(o), real(m, backend="eager", **o)))
+    wanted = dpo(None, profile(steps=2))[0]
+    assert not compiled
+    got = dpo(None, profile(steps=2, compile_layers=True))[0]
+    assert compiled == [{"dynamic": True}] * 4
+    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
