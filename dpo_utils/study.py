@@ -25,7 +25,7 @@ from dpo_utils.profiles import Profile
 from dpo_utils.train import train_dpo, train_sft, train_unpaired, training_data
 
 SEEDS = {"reduced": (0,), "full": (0, 1, 2)}
-SIZES = {"reduced": (64, 24, 2), "full": (150, 64, 4)}  # held-out pairs, questions, answers to each
+SIZES = {"reduced": (48, 20, 2), "full": (150, 64, 4)}  # held-out pairs, questions, answers to each
 
 
 def grid() -> str:
@@ -156,10 +156,10 @@ class Lab:
     def run(self, recipe: Recipe, seed: int = 0, at=()) -> dict:
         """Train by the recipe, or read what an earlier run gave: its `points` (step and `measure`) and its `history`.
 
-        at: steps at which to measure, beside the last one.
+        at: steps at which to measure, beside the last one; None: only the history is wanted, nothing is measured.
         """
         profile = dataclasses.replace(self.profile, seed=seed, **recipe.changes)
-        steps = sorted({*(s for s in at if s < profile.steps), profile.steps})
+        steps = [] if at is None else sorted({*(s for s in at if s < profile.steps), profile.steps})
         path = self._path(recipe, profile, steps)
         if path and path.exists():
             return {**json.loads(path.read_text()), "name": recipe.name}

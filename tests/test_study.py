@@ -65,6 +65,8 @@ def test_every_run_starts_from_the_same_place(lab):
     again = lab.run(Recipe("one"), at=(2,))
     assert [p["step"] for p in first["points"]] == [2, 4]
     assert first["points"] == again["points"] and first["points"][-1]["kl"] > 0
+    unmeasured = lab.run(Recipe("one"), at=None)
+    assert unmeasured["points"] == [] and unmeasured["history"][-1]["loss"] == first["history"][-1]["loss"]
 
 
 def test_results_are_kept_and_read_back_only_where_nothing_changed(start, tmp_path, monkeypatch):
