@@ -34,6 +34,7 @@ refresh: .venv/.installed
 report: .venv/.installed
 	$(PY) -m dpo_utils.report --profile $(PROFILE) $(ARGS)
 
-# Ours beside TRL and plain loops on CPU, two models, short and long pairs: an hour and a half. ARGS='--shapes C --rounds 1' is a third of it.
+# Ours beside TRL and plain loops on CPU, two models, short and long pairs: an hour and a half.
+# ARGS='--shapes C --rounds 1' is a third of it.
 bench: .venv/.installed
 	cd tests && ../$(PY) -m bench.run $(ARGS)

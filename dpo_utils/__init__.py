@@ -1,7 +1,7 @@
 """The DPO workbook's helper module: one file a stage of the pipeline, read from left to right.
 
 profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> plots; beside the line: world (the tiny
-world), tabular (notebook 03's exact world), checks, widgets, checkpoints, assets/; after it, for notebooks 05 and 06:
+world), tabular (notebook 03's exact world), attention, checks, widgets, checkpoints, assets/; after it, for notebooks 05 and 06:
 divergence (KL, calibration), judges and collect (a person as judge), benchmark (lm-eval), card, study (grids) and rl.
 """
 

@@ -5,6 +5,8 @@ A mask says in row i which tokens token i may look at; in a causal one nothing s
 whose scores overflow in float16. Both are sdpa for every mask: what is not causal runs whole.
 """
 
+import warnings
+
 import torch
 import torch.nn.functional as F
 from torch.utils.weak import WeakIdKeyDictionary
@@ -59,10 +61,19 @@ def sdpa_float32(module, query, key, value, attention_mask, **options):
 
 
 def use(model, name: str) -> None:
-    """Switch a model that runs under sdpa to `name`, if its type is one of `TESTED`; leave any other as it is."""
+    """Switch a model that runs under sdpa to `name`, if its type is one of `TESTED`; leave any other as it is.
+
+    Warns where that leaves scores in float16 that were to be in float32.
+    """
     config = model.config.get_text_config()
     if config.model_type in TESTED and config._attn_implementation == "sdpa":
         model.set_attn_implementation(name)
+    elif name == "sdpa_float32":
+        warnings.warn(
+            f"a {config.model_type} model keeps its own attention ({config._attn_implementation}), with scores in float16 and not "
+            "in float32 as planned. If they overflow, training stops before its first step.",
+            stacklevel=2,
+        )
 
 
 for function in (sdpa_blocks, sdpa_float32):

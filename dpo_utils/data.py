@@ -215,7 +215,7 @@ def choose_adapter(names: set[str], kind: Kind, columns: dict, source: str) -> C
     shell = ",".join(f"{ours}={theirs}" for ours, theirs in mapping.items())
     raise PreferenceDataError(
         f"{source}: no column {', '.join(map(repr, missing))}; the columns are {sorted(names)}. "
-        f"Rename, pass columns={mapping}, or set DPO_COLUMNS={shell!r}"
+        f"Rename, pass columns={mapping}, or, in the notebooks, set DPO_COLUMNS={shell!r}"
     )
 
 

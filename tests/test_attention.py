@@ -1,13 +1,16 @@
 """Attention in blocks equals PyTorch's own, does less, and steps aside where it does not apply."""
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
 from small import CONFIGS, VOCABULARY, random_items, small_model
+from small_runs import profile
 from test_logps import loss_and_gradients
 from transformers import AutoConfig, AutoModelForCausalLM, FalconConfig, GPTNeoConfig
 
-from dpo_utils import attention
+from dpo_utils import attention, models
 from dpo_utils.logps import plain_logps, shared_logps, unwrap, why_plain
 from dpo_utils.tokens import pack_rows
 
@@ -59,22 +62,19 @@ def test_the_name_changes_nothing_but_the_arithmetic(kind, calls):
         .requires_grad_(False)
     )
     with torch.no_grad():
-        [p.mul_(4.0) for p in model.parameters() if p.dim() > 1]
-        wanted = plain_logps(model, [item for item in LONG], 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
+        for parameter in model.parameters():
+            parameter.mul_(4.0) if parameter.dim() > 1 else None
+        wanted = plain_logps(model, LONG, 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
         attention.use(model, "sdpa_blocks")
         assert model.config._attn_implementation == "sdpa_blocks" and why_plain(model) is None
         calls.clear()
-        got = plain_logps(model, [item for item in LONG], 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
+        got = plain_logps(model, LONG, 0), shared_logps(model, pack_rows([LONG[:3], LONG[3:]], 0))
     assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-4) for a, b in zip(got, wanted, strict=True))
     assert (7, 14) in calls and wanted[0].std() > 1
 
 
-def test_models_that_are_not_tested_keep_their_attention(tmp_path, monkeypatch):
+def test_models_that_are_not_tested_keep_their_attention(tmp_path):
     """Falcon has no attention under other names, GPT-Neo none but eager: both load, and give the definition's log-probs."""
-    from small_runs import profile
-
-    from dpo_utils import models
-
     for config, name in (
         (FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=2, num_attention_heads=4, alibi=False), "sdpa"),
         (
@@ -87,6 +87,18 @@ def test_models_that_are_not_tested_keep_their_attention(tmp_path, monkeypatch):
         model = models.load_base(profile(model=str(tmp_path / name), quantize=False))
         assert model.config._attn_implementation == name
         assert (why_plain(model) is None) == (name == "sdpa") and (name == "sdpa" or "eager" in why_plain(model))
+
+
+def test_a_plan_for_float32_scores_that_is_not_followed_is_said():
+    tested = small_model("phi", lora=False)
+    other = AutoModelForCausalLM.from_config(FalconConfig(vocab_size=9, hidden_size=8, num_hidden_layers=1, num_attention_heads=2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        attention.use(tested, "sdpa_float32")
+        attention.use(other, "sdpa_blocks")
+    assert tested.config._attn_implementation == "sdpa_float32"
+    with pytest.warns(UserWarning, match="a falcon model keeps its own attention .sdpa., with scores in float16"):
+        attention.use(other, "sdpa_float32")
 
 
 def layer(groups: int = 1) -> torch.nn.Module:

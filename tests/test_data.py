@@ -605,7 +605,7 @@ def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
     path = tmp_path / "mine.csv"
     path.write_text("Question,Best Answer,Worst\n" + "".join(f"Why {i}?,So.,No.\n" for i in range(5)))
     mine = load_profile("tiny", dataset=str(path))
-    with pytest.raises(PreferenceDataError, match=r"or set DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,rejected=[^,]+'"):
+    with pytest.raises(PreferenceDataError, match=r"in the notebooks, set DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,rejected=[^,]+'"):
         training_data("dpo", mine)
     monkeypatch.setenv("DPO_COLUMNS", "prompt=Question,chosen=Best Answer,rejected=Worst")
     train, held_out = training_data("dpo", mine)
