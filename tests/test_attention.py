@@ -122,13 +122,50 @@ def test_a_block_may_end_anywhere(calls):
     assert (1, 8) in calls and (1, 15) in calls
 
 
+def test_answers_do_not_reach_over_each_other(monkeypatch):
+    """Prompt 0-4, chosen 5-7, rejected 8-10: by hand, and from a packed row."""
+    monkeypatch.setattr(attention, "BLOCK", 3)
+    mask = torch.ones(11, 11, dtype=torch.bool).tril()
+    mask[8:, 5:8] = False
+    order, moved, blocks = attention._cut(mask[None, None])
+    assert order.tolist() == [7, 6, 5, 0, 1, 2, 3, 4, 8, 9, 10]
+    assert torch.equal(moved[0, 0], mask[:, order])
+    # Tokens 0-2; 3-5, of which 5 is chosen; 6-8, chosen and the first rejected; 9-10, which see no chosen one.
+    assert [(q.start, k.start, k.stop) for q, k in blocks] == [(0, 3, 6), (3, 2, 8), (6, 0, 9), (9, 3, 11)]
+    row = pack_rows([[(list(range(3, 8)), [[8, 9, 10], [11, 12, 13]])]], 0)
+    assert attention._cut(row.mask)[2] == blocks
+
+
+@pytest.mark.parametrize("case", ["anything", "nothing", "ahead", "prefix", "trees"])
+def test_no_key_is_left_out_that_is_looked_at(case, calls):
+    """Whatever the mask: also where a token sees ahead, or a block nothing at all."""
+    generator = torch.Generator().manual_seed(0)
+    mask = torch.ones(2, 1, 23, 23, dtype=torch.bool).tril()
+    if case == "anything":
+        mask = torch.rand(2, 3, 23, 23, generator=generator) > 0.99
+    elif case == "nothing":
+        mask[:, :, :9] = False
+    elif case == "ahead":
+        mask = torch.ones_like(mask).tril(1)
+    elif case == "prefix":
+        mask |= torch.arange(23) < 4
+    else:
+        mask = pack_rows([LONG[:3], LONG[3:]], 0).mask
+    length, heads = mask.shape[-1], mask.shape[1]
+    query, key = (torch.randn(2, heads, length, 8, generator=generator).double() for _ in range(2))
+    got, _ = attention.sdpa_blocks(layer(), query, key, key, mask)
+    cut = list(calls)
+    wanted, _ = attention.sdpa_attention_forward(layer(), query, key, key, mask)
+    assert torch.allclose(got, wanted, rtol=0, atol=1e-14, equal_nan=True)
+    assert len(cut) > 1 and (case == "anything" or sum(q * k for q, k in cut) < 0.9 * length**2)
+
+
 def _masks(length: int) -> dict:
     ones = torch.ones(1, 1, length, length, dtype=torch.bool)
     return {
         "none": None,
         "short": ones[..., :7, :7].tril(),
-        "a prefix seen by all": ones.tril() | (torch.arange(length) < 4),
-        "one token ahead": ones.tril(1),
+        "all seen": ones,
         "keys alone": ones[..., :1, :],
         "numbers": torch.zeros(ones.shape).masked_fill(~ones.tril(), -1e9),
         "cached": torch.ones(1, 1, length, length + 3, dtype=torch.bool).tril(3),
@@ -154,8 +191,8 @@ def test_softcapped_scores_are_refused_as_by_sdpa(calls):
 
 
 def test_the_mask_is_looked_at_once(monkeypatch, calls):
-    looks, real = [], torch.Tensor.triu
-    monkeypatch.setattr(torch.Tensor, "triu", lambda self, *a: (looks.append(1), real(self, *a))[1])
+    looks, real = [], attention._cut
+    monkeypatch.setattr(attention, "_cut", lambda mask: (looks.append(mask), real(mask))[1])
     model = unwrap(small_model("phi"))
     model.set_attn_implementation("sdpa_blocks")
     shared_logps(model, pack_rows([LONG], 0))
