@@ -88,7 +88,7 @@ def shared_logps(model, rows):
         input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False
     ).last_hidden_state.flatten(0, 1)  # (N*L, H)
     token_logps = HeadLogps.apply(hidden[rows.predictors], head.weight, head.bias, rows.labels)
-    return torch.stack([part.sum() for part in token_logps.split(rows.counts)])
+    return torch.stack([part.sum() for part in token_logps[rows.places].split(rows.counts)])
 
 
 def why_plain(model) -> str | None:
@@ -120,7 +120,8 @@ def _trial(model) -> str | None:
     """Do shared rows give the definition's log-probs, and does no completion hear another? If not, what happened."""
     draw = torch.Generator().manual_seed(0)
     vocabulary = model.get_output_embeddings().out_features
-    stem, *ends, other = (torch.randint(vocabulary, (9,), generator=draw).tolist() for _ in range(6))
+    ids = torch.randperm(vocabulary, generator=draw)[torch.arange(54) % vocabulary]  # no two completions begin alike
+    stem, *ends, other = ids.view(6, 9).tolist()
     items = [(stem, ends[:2]), (stem[:5], ends[2:])]
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -156,9 +156,9 @@ def as_item(row: dict) -> tuple[list[int], list[list[int]]]:
 
 
 def item_length(item) -> int:
-    """Tokens an item takes in a shared row."""
+    """Tokens an item takes in a shared row: what both answers begin with stands there once."""
     prompt, completions = item
-    return len(prompt) + sum(map(len, completions))
+    return len(prompt) + sum(map(len, completions)) - (len(completions) - 1) * common_prefix(completions)
 
 
 def common_prefix(lists) -> int:
@@ -169,14 +169,15 @@ def common_prefix(lists) -> int:
 
 @dataclass(frozen=True)
 class SharedRows:
-    """N rows of L tokens, each a tree: head -> prompts -> completions. C completions, S scored tokens."""
+    """N rows of L tokens, each a tree in which sequences stand apart from where they part. C completions, S scored tokens."""
 
     input_ids: torch.Tensor  # (N, L)
-    position_ids: torch.Tensor  # (N, L): a branch goes on counting where its parent ended
-    mask: torch.Tensor  # (N, 1, L, L) bool: a token sees its own branch and the way up to the root
+    position_ids: torch.Tensor  # (N, L): how far a token is from the root
+    mask: torch.Tensor  # (N, 1, L, L) bool: a token sees itself and the way up to the root
     predictors: torch.Tensor  # (S,) index into the N*L positions: the token before each scored one
     labels: torch.Tensor  # (S,) the scored tokens
-    counts: list[int]  # (C,) scored tokens of each completion, in the order of the items
+    places: torch.Tensor  # which scored tokens each completion is made of, one completion after the other
+    counts: list[int]  # (C,) how many that are, in the order of the items
 
     def to(self, device):
         """The same rows on a device."""
@@ -184,52 +185,21 @@ class SharedRows:
         return SharedRows(**tensors)
 
 
-class _Row:
-    """One row under construction: segments of tokens, each attached to the end of its parent."""
+def _grow(items) -> tuple[list, list]:
+    """The tree of a row, and the way of every completion through it.
 
-    def __init__(self):
-        self.ids, self.positions, self.segment_of, self.parents, self.ends = [], [], [], [], []
-
-    def add(self, ids, parent: int | None) -> int:
-        """Attach a segment below `parent`; returns its number."""
-        start = self.positions[self.ends[parent]] + 1 if parent is not None else 0
-        number = len(self.parents)
-        self.ids += ids
-        self.positions += range(start, start + len(ids))
-        self.segment_of += [number] * len(ids)
-        self.parents.append(parent)
-        self.ends.append(len(self.ids) - 1 if ids else self.ends[parent])  # an empty segment ends with its parent
-        return number
-
-    def before(self, segment: int, length: int) -> list[int]:
-        """The index before each token of a segment; for its first token that is the end of its parent."""
-        end = self.ends[segment]
-        return [self.ends[self.parents[segment]], *range(end - length + 1, end)]
-
-    def mask(self) -> torch.Tensor:
-        """(L, L) bool: earlier tokens on the way to the root."""
-        above = torch.eye(len(self.parents), dtype=torch.bool)
-        for number, parent in enumerate(self.parents):
-            if parent is not None:
-                above[number] |= above[parent]
-        segment = torch.tensor(self.segment_of)
-        return above[segment][:, segment].tril()
-
-
-def _grow(items) -> tuple[_Row, list[int], list[int], list[int]]:
-    """One row from its items, with predictors, labels and counts."""
-    row, predictors, labels, counts = _Row(), [], [], []
-    prompts = [prompt for prompt, _ in items]
-    shared = common_prefix(prompts)
-    head = row.add(prompts[0][:shared], None) if shared else None
+    The tree is a list of tokens as (index of the token before, id), a way a list of indices from the root to the
+    completion's end, with how many of them are the completion's own.
+    """
+    tree, ways = {}, []
     for prompt, completions in items:
-        stem = row.add(prompt[shared:], head)
         for completion in completions:
-            branch = row.add(completion, stem)
-            predictors += row.before(branch, len(completion))
-            labels += completion
-            counts.append(len(completion))
-    return row, predictors, labels, counts
+            way = []
+            for token in (*prompt, *completion):
+                step = (way[-1] if way else None, token)
+                way.append(tree.setdefault(step, len(tree)))  # gone before, or new at the end of the row
+            ways.append((way, len(completion)))
+    return list(tree), ways
 
 
 def pack_rows(rows, pad_id: int) -> SharedRows:
@@ -238,19 +208,22 @@ def pack_rows(rows, pad_id: int) -> SharedRows:
     Completions come out row by row, item by item, in the order given.
     """
     grown = [_grow(items) for items in rows]
-    length = max(len(row.ids) for row, *_ in grown)
+    length = max(len(tree) for tree, _ in grown)
     ids = torch.full((len(rows), length), pad_id)
     positions = torch.zeros_like(ids)
     mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-    predictors, labels, counts = [], [], []
-    for n, (row, before, scored, sizes) in enumerate(grown):
-        end = len(row.ids)
-        ids[n, :end], positions[n, :end] = torch.tensor(row.ids), torch.tensor(row.positions)
-        mask[n, 0, :end, :end] = row.mask()
-        predictors += [n * length + i for i in before]
-        labels += scored
-        counts += sizes
-    return SharedRows(ids, positions, mask, torch.tensor(predictors), torch.tensor(labels), counts)
+    scored, places, counts = {}, [], []  # scored: (predictor, label) -> its number
+    for n, (tree, ways) in enumerate(grown):
+        ids[n, : len(tree)] = torch.tensor([token for _, token in tree])
+        for way, count in ways:
+            here = torch.tensor(way)
+            positions[n, here] = torch.arange(len(way))
+            mask[n, 0, here[:, None], here] = torch.ones(len(way), len(way), dtype=torch.bool).tril()
+            steps = [(n * length + before, token) for before, token in (tree[i] for i in way[-count:])]
+            places += [scored.setdefault(step, len(scored)) for step in steps]
+            counts.append(count)
+    predictors, labels = torch.tensor(list(scored)).T
+    return SharedRows(ids, positions, mask, predictors, labels, torch.tensor(places), counts)
 
 
 def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]]:

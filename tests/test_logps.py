@@ -19,6 +19,9 @@ CASES = {
     "equal prompts": [(random_items(1, seed=4)[0][0], item[1]) for item in random_items(5, seed=5)],
     "very uneven": random_items(2, seed=6, completion=(1, 2)) + random_items(2, seed=7, completion=(60, 70)),
     "one prompt begins another": [([5, 6, 7], [[8, 9], [10]]), ([5, 6, 7, 11], [[8], [12, 13, 2]])],
+    "answers that begin alike": [(p, [[20, 21, *c], [20, 21, *r]]) for p, (c, r) in random_items(5, seed=13)],
+    "one answer in two pairs": [([5, 6, 7], [[8, 9], other]) for other in ([8, 9, 10], [11, 9], [9, 8])],
+    "an answer goes on another prompt": [([5, 6], [[7, 8, 9], [10]]), ([5, 6, 7], [[8, 9], [11, 2]])],
 }
 
 

@@ -117,6 +117,44 @@ def test_shared_row_by_hand():
     assert seen[9] == [0, 1, 6, 7, 9]
 
 
+def test_what_answers_begin_with_stands_once_by_hand():
+    # prompt [1 2], completions [3 4 9] and [3 5], scored tokens 3 (for both), 4, 9, 5
+    rows = T.pack_rows([[([1, 2], [[3, 4, 9], [3, 5]])]], pad_id=0)
+    assert rows.input_ids.tolist() == [[1, 2, 3, 4, 9, 5]] and rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
+    assert rows.labels.tolist() == [3, 4, 9, 5] and rows.predictors.tolist() == [1, 2, 3, 2]
+    assert rows.places.tolist() == [0, 1, 2, 0, 3] and rows.counts == [3, 2]
+    assert rows.mask[0, 0, 5].nonzero().flatten().tolist() == [0, 1, 2, 5]
+
+
+def test_one_answer_in_two_pairs_stands_once():
+    """Ranked answers a > b, a > c under one prompt: three answers in the row, and a is scored once."""
+    prompt, a, b, c = [1, 2], [3, 4], [5, 6, 7], [8]
+    rows = T.pack_rows([[(prompt, [a, b]), (prompt, [a, c])]], pad_id=0)
+    assert rows.input_ids.tolist() == [prompt + a + b + c] and rows.labels.tolist() == a + b + c
+    assert rows.places.tolist() == [0, 1, 2, 3, 4, 0, 1, 5] and rows.counts == [2, 3, 2, 1]
+
+
+ids = st.lists(st.integers(3, 5), min_size=1, max_size=5)  # few ids: much begins alike
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.tuples(ids, st.tuples(ids, ids)), min_size=1, max_size=4))
+def test_a_row_holds_every_beginning_once_and_every_sequence_whole(items):
+    """Each completion's tokens, positions and sight, read back from the row, are those of its own sequence."""
+    rows = T.pack_rows([items], pad_id=0)
+    sequences = [(prompt + c, len(c)) for prompt, completions in items for c in completions]
+    beginnings = {tuple(ids[: i + 1]) for ids, _ in sequences for i in range(len(ids))}
+    assert rows.input_ids.shape == (1, len(beginnings)) and len(rows.labels) <= sum(rows.counts)
+    assert len(items) > 1 or len(beginnings) == T.item_length(items[0])
+    assert rows.counts == [count for _, count in sequences]
+    for (sequence, count), places in zip(sequences, rows.places.split(rows.counts), strict=True):
+        assert rows.labels[places].tolist() == sequence[-count:]
+        for place, end in zip(rows.predictors[places].tolist(), range(len(sequence) - count, len(sequence)), strict=True):
+            seen = rows.mask[0, 0, place].nonzero().flatten()
+            assert rows.input_ids[0, seen].tolist() == sequence[:end]
+            assert rows.position_ids[0, seen].tolist() == list(range(end))
+
+
 def test_padding_sees_only_itself():
     rows = T.pack_rows([[([1], [[2], [3]])], [([1, 1, 1], [[2, 2], [3]])]], pad_id=0)
     assert rows.mask[0, 0, 5].nonzero().flatten().tolist() == [5]
