@@ -7,14 +7,16 @@ import os
 import shutil
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 
 import bitsandbytes
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
-from small import random_items, small_model
+from peft import LoraConfig, PeftModel, get_peft_model
+from small import CONFIGS, random_items, small_model
 from small_runs import pairs, policy, profile
+from transformers.activations import NewGELUActivation
 
 from dpo_utils import attention, models, profiles
 from dpo_utils.logps import all_logps, completion_logps
@@ -99,6 +101,126 @@ def test_dropout_of_a_loaded_adapter_is_turned_off(tmp_path):
     with as_reference(loaded):
         reference = all_logps(loaded, ITEMS, **OPTIONS)
     assert torch.equal(all_logps(loaded, ITEMS, **OPTIONS), reference)
+
+
+# --- the same functions, faster ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype, value, slope", [(torch.float32, 1e-6, 2e-6), (torch.float64, 1e-14, 1e-14)])
+def test_the_fused_gelu_is_gelu_new(dtype, value, slope):
+    """From -12 to 12, where it turns and where it is flat."""
+    layer = torch.nn.Sequential(NewGELUActivation())
+    x = torch.linspace(-12, 12, 100_001, dtype=dtype, requires_grad=True)
+    wanted = layer(x)
+    (wanted_slope,) = torch.autograd.grad(wanted.sum(), x)
+    assert models.fuse_gelu(layer) == 1 and type(layer[0]) is torch.nn.GELU
+    got = layer(x)
+    (got_slope,) = torch.autograd.grad(got.sum(), x)
+    assert (got - wanted).abs().max() < value and (got_slope - wanted_slope).abs().max() < slope
+    assert (torch.nn.GELU()(x) - wanted).abs().max() > 1e-4  # the exact one is another function
+
+
+def usual(model):
+    """The model with PEFT's own LoRA layers."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(models.LeanLora, "forward", lambda self, x, *a, **k: super(models.LeanLora, self).forward(x, *a, **k))
+        return backward(model), all_logps(model, ITEMS, **OPTIONS)
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """Types of the sums that lean layers have made: calls of `torch.addmm` with a product of low rank."""
+    seen, real = [], torch.addmm
+
+    def spy(base, low, b):
+        seen.extend([base.dtype] if low.shape[1] <= 16 else [])
+        return real(base, low, b)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    return seen
+
+
+@pytest.mark.parametrize("kind", CONFIGS)
+def test_lean_lora_is_pefts_sum(kind, passes):
+    model = small_model(kind)
+    wanted, logps = usual(model)
+    assert not passes
+    layers = sum("lora_A" in name for name, _ in model.named_parameters())
+    assert models.lean_lora(model) == layers
+    got = backward(model)
+    assert len(passes) >= layers and max((a - b).abs().max() for a, b in zip(got, wanted, strict=True)) < 1e-10
+    assert (all_logps(model, ITEMS, **OPTIONS) - logps).abs().max() < 1e-10
+
+
+@pytest.mark.parametrize(
+    "quantize, dtype, tolerance", [(True, "float32", 1e-5), (False, "float32", 1e-5), (False, "bfloat16", 3e-2)]
+)
+def test_a_loaded_policy_has_lean_layers(quantize, dtype, tolerance, passes):
+    """In 4 bits, and in bfloat16, where the sum is float32 as PEFT's is."""
+    model = move(policy(profile(quantize=quantize, dtype=dtype))[0])
+    got, logps = backward(model), all_logps(model, ITEMS, **OPTIONS)
+    assert set(passes) == {torch.float32}
+    wanted, usual_logps = usual(model)
+    assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(got, wanted, strict=True))
+    assert torch.allclose(logps, usual_logps, rtol=tolerance, atol=tolerance)
+
+
+def lora_layer(**options):
+    """One lean layer under an adapter that is not zero, and the model around it."""
+    torch.manual_seed(0)
+    net = get_peft_model(
+        torch.nn.Sequential(torch.nn.Linear(6, 5)), LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **options)
+    )
+    assert models.lean_lora(net) == 1
+    return net, net.base_model.model[0]
+
+
+@pytest.mark.parametrize("case", ["off", "merged", "two", "dora", "bias", "another"])
+def test_what_is_not_the_plain_sum_goes_pefts_way(case, passes):
+    net, layer = lora_layer(**({"use_dora": True} if case == "dora" else {"lora_bias": True} if case == "bias" else {}))
+    x = torch.randn(3, 6)
+    if case in ("two", "another"):
+        net.add_adapter("second", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
+    if case == "two":
+        layer.set_adapter(["default", "second"])
+    elif case == "merged":
+        layer.merge()
+    elif case == "off":
+        layer.enable_adapters(False)
+    elif case == "another":
+        layer.set_adapter("second")
+    got = layer(x)
+    assert bool(passes) == (case == "another")
+    assert torch.allclose(got, type(layer).__mro__[2].forward(layer, x), atol=1e-6)
+    assert torch.allclose(got, layer.base_layer(x)) == (case in ("off", "merged"))
+
+
+def test_rows_that_name_their_adapters_are_pefts_too(passes):
+    _, layer = lora_layer()
+    x = torch.randn(2, 6)
+    got = layer.eval()(x, adapter_names=["default", "__base__"])
+    assert not passes and torch.equal(got[1], layer.base_layer(x)[1]) and torch.allclose(got[0], layer(x)[0])
+    assert not torch.allclose(got[0], layer.base_layer(x)[0])
+
+
+def test_dropout_is_not_passed_over(passes):
+    net, layer = lora_layer(lora_dropout=0.5)
+    x = torch.ones(1, 6)
+    assert len({tuple(layer.train()(x)[0].tolist()) for _ in range(20)}) > 5 and passes
+    assert len({tuple(layer.eval()(x)[0].tolist()) for _ in range(20)}) == 1
+
+
+def test_a_policy_is_gone_with_its_last_name():
+    """No cycle keeps it in memory until Python happens to look."""
+    model, _ = policy()
+    gc.collect()
+    gc.disable()
+    try:
+        weight = weakref.ref(trainable(model)[0])
+        del model
+        assert weight() is None
+    finally:
+        gc.enable()
 
 
 # --- what is refused --------------------------------------------------------------------------------------------------
