@@ -3,19 +3,22 @@
 On the truthy-like lengths of the benchmark (tests/bench), with a small body under a head of ordinary proportions.
 """
 
+import math
+
 import pytest
 import torch
 import torch.nn.functional as F
+from bench.memory import full_pairs, one
 from bench.meter import Meter
-from bench.shapes import pair_lengths
+from bench.shapes import pair_lengths, save_model
 from bench.worker import move_adapter
 from peft import LoraConfig, get_peft_model
-from transformers import AutoModelForCausalLM, PhiConfig
+from transformers import AutoModelForCausalLM, AutoTokenizer, PhiConfig
 
 from dpo_utils.logps import completion_logps
 from dpo_utils.models import fuse_gelu, trainable
 from dpo_utils.profiles import PHI_TARGETS
-from dpo_utils.tokens import item_length, plan_rows
+from dpo_utils.tokens import item_length, plan_rows, tokenize_all
 
 SHAPE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 2560}
 FLOPS, BYTES = 0.63, 0.57  # of the plain form's at the same budget of tokens; measured 0.614 and 0.556
@@ -142,3 +145,14 @@ def test_the_meter_counts_what_can_be_worked_by_hand():
         kept = torch.empty(1000)
         torch.empty(3000).zero_()  # released at once
     assert meter.result["peak_bytes"] == 4 * (len(kept) + 3000)
+
+
+def test_the_memory_script_trains_on_pairs_that_fill_their_length(tmp_path):
+    """`bench.memory`, in the phi2 profile's 4 bits and bfloat16, on a small shape."""
+    save_model("small", tmp_path)
+    rows, dropped = tokenize_all(full_pairs("small", 40, 3), AutoTokenizer.from_pretrained(tmp_path), 40)
+    assert not dropped and {len(row["prompt_ids"] + row[side]) for row in rows for side in ("chosen_ids", "rejected_ids")} == {40}
+    assert all(row[side][-1] == 2 for row in rows for side in ("chosen_ids", "rejected_ids"))  # uncut
+    row = one(str(tmp_path), "small", "a pair at a time, checkpointing", 40, 2, 3)
+    assert row["losses"][0] == pytest.approx(math.log(2), abs=1e-3) and row["losses"][1] < row["losses"][0]
+    assert row["peak_gib"] >= row["load_gib"] > 0.1

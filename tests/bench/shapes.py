@@ -77,12 +77,16 @@ def pair_lengths(lengths: str, count: int, seed: int = SEED) -> list[tuple[int, 
 
 
 def text_pairs(shape: str, lengths: str, seed: int = SEED) -> list[dict]:
-    """One step's pairs as text (prompt, chosen, rejected): random words; each answer gains an EOS when tokenised."""
+    """One step's pairs as text (prompt, chosen, rejected)."""
+    return random_text(shape, pair_lengths(lengths, STEP[lengths]["pairs"], seed), seed)
+
+
+def random_text(shape: str, sizes: list[tuple[int, int, int]], seed: int = SEED) -> list[dict]:
+    """Pairs of random words with as many tokens as (prompt, chosen, rejected) say; each answer's last is the EOS it gains."""
     rng = random.Random(seed)
     vocabulary = MODELS[shape]["vocab_size"]
 
     def words(count):
         return " ".join(f"w{rng.randrange(3, vocabulary)}" for _ in range(count))
 
-    sizes = pair_lengths(lengths, STEP[lengths]["pairs"], seed)
     return [{"prompt": words(p), "chosen": " " + words(c - 1), "rejected": " " + words(r - 1)} for p, c, r in sizes]
