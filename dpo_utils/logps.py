@@ -88,7 +88,7 @@ def shared_logps(model, rows):
         input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False
     ).last_hidden_state.flatten(0, 1)  # (N*L, H)
     token_logps = HeadLogps.apply(hidden[rows.predictors], head.weight, head.bias, rows.labels)
-    return torch.stack([part.sum() for part in token_logps[rows.places].split(rows.counts)])
+    return torch.stack([part.sum() for part in token_logps[rows.label_index].split(rows.counts)])
 
 
 def why_plain(model) -> str | None:

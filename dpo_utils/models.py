@@ -1,6 +1,7 @@
 """Base model, adapters, and the reference: what is loaded, what is trained, what stays."""
 
 import contextlib
+import functools
 import json
 from pathlib import Path
 
@@ -107,7 +108,7 @@ class LeanLora:
     """
 
     def forward(self, x, *args, **kwargs):
-        """x: (..., in) -> (..., out), in the base layer's type; the sum in the adapter's."""
+        """x: (..., in) -> (..., out), in the base layer's type; the sum in the wider of its and the adapter's."""
         name, *more = self.active_adapters or [None]
         plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
         if args or kwargs or more or not plain or self.disable_adapters or self.merged:
@@ -115,16 +116,22 @@ class LeanLora:
         a, b = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
         base = self.base_layer(x)
         low = F.linear(self.lora_dropout[name](x.to(a.dtype)), a) * self.scaling[name]  # (..., r)
-        out = torch.addmm(base.flatten(0, -2).to(a.dtype), low.flatten(0, -2), b.T)
-        return out.view(base.shape).to(base.dtype)
+        wide = torch.promote_types(base.dtype, a.dtype)
+        base_rows, low_rows = (t.reshape(-1, t.shape[-1]).to(wide) for t in (base, low))
+        return torch.addmm(base_rows, low_rows, b.T.to(wide)).view(base.shape).to(base.dtype)
+
+
+@functools.cache
+def _lean(kind: type) -> type:
+    """One class for all layers of a kind: compiled code is made once for them all."""
+    return kind if issubclass(kind, LeanLora) else type(kind.__name__, (LeanLora, kind), {})
 
 
 def lean_lora(model) -> int:
     """Make the LoRA layers on linear layers lean, in place. Returns how many there are."""
     layers = [m for m in model.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), (nn.Linear, Conv1D))]
     for layer in layers:
-        kind = type(layer)
-        layer.__class__ = type(kind.__name__, (LeanLora, kind), {})
+        layer.__class__ = _lean(type(layer))
     return len(layers)
 
 

@@ -1,4 +1,4 @@
-"""From text to token ids: templates, masks, and rows in which completions share their prompt.
+"""From text to token ids: templates, masks, and rows in which sequences share what they begin with.
 
 An *item* is one prompt with its completions: `(prompt_ids, [completion_ids, ...])`. A preference pair is an item with
 two completions, a demonstration one with one.
@@ -7,6 +7,7 @@ two completions, a demonstration one with one.
 from dataclasses import dataclass
 from heapq import heappush, heapreplace
 
+import numpy as np
 import torch
 
 PLAIN_TURN = {"system": "{}\n", "user": "Instruct: {}\n", "assistant": "Output: {}\n"}  # Phi-2's own question form
@@ -156,7 +157,7 @@ def as_item(row: dict) -> tuple[list[int], list[list[int]]]:
 
 
 def item_length(item) -> int:
-    """Tokens an item takes in a shared row: what both answers begin with stands there once."""
+    """Tokens an item takes in a shared row: what all its completions begin with stands there once."""
     prompt, completions = item
     return len(prompt) + sum(map(len, completions)) - (len(completions) - 1) * common_prefix(completions)
 
@@ -176,7 +177,7 @@ class SharedRows:
     mask: torch.Tensor  # (N, 1, L, L) bool: a token sees itself and the way up to the root
     predictors: torch.Tensor  # (S,) index into the N*L positions: the token before each scored one
     labels: torch.Tensor  # (S,) the scored tokens
-    places: torch.Tensor  # which scored tokens each completion is made of, one completion after the other
+    label_index: torch.Tensor  # which of the scored tokens each completion is made of, one completion after the other
     counts: list[int]  # (C,) how many that are, in the order of the items
 
     def to(self, device):
@@ -185,21 +186,21 @@ class SharedRows:
         return SharedRows(**tensors)
 
 
-def _grow(items) -> tuple[list, list]:
-    """The tree of a row, and the way of every completion through it.
+def _prefix_tree(items) -> tuple[list, list]:
+    """The tokens of a row, and the path of every completion through them.
 
-    The tree is a list of tokens as (index of the token before, id), a way a list of indices from the root to the
-    completion's end, with how many of them are the completion's own.
+    A token is (index of the token before it, or None; id), a path the indices from the root to a completion's end,
+    with how many of them are the completion's own.
     """
-    tree, ways = {}, []
+    tree, paths = {}, []
     for prompt, completions in items:
         for completion in completions:
-            way = []
+            path = []
             for token in (*prompt, *completion):
-                step = (way[-1] if way else None, token)
-                way.append(tree.setdefault(step, len(tree)))  # gone before, or new at the end of the row
-            ways.append((way, len(completion)))
-    return list(tree), ways
+                step = (path[-1] if path else None, token)
+                path.append(tree.setdefault(step, len(tree)))  # gone before, or new at the end of the row
+            paths.append((path, len(completion)))
+    return list(tree), paths
 
 
 def pack_rows(rows, pad_id: int) -> SharedRows:
@@ -207,23 +208,26 @@ def pack_rows(rows, pad_id: int) -> SharedRows:
 
     Completions come out row by row, item by item, in the order given.
     """
-    grown = [_grow(items) for items in rows]
-    length = max(len(tree) for tree, _ in grown)
-    ids = torch.full((len(rows), length), pad_id)
-    positions = torch.zeros_like(ids)
-    mask = torch.eye(length, dtype=torch.bool).repeat(len(rows), 1, 1, 1)
-    scored, places, counts = {}, [], []  # scored: (predictor, label) -> its number
-    for n, (tree, ways) in enumerate(grown):
-        ids[n, : len(tree)] = torch.tensor([token for _, token in tree])
-        for way, count in ways:
-            here = torch.tensor(way)
-            positions[n, here] = torch.arange(len(way))
-            mask[n, 0, here[:, None], here] = torch.ones(len(way), len(way), dtype=torch.bool).tril()
-            steps = [(n * length + before, token) for before, token in (tree[i] for i in way[-count:])]
-            places += [scored.setdefault(step, len(scored)) for step in steps]
+    trees = [_prefix_tree(items) for items in rows]
+    length = max(len(tree) for tree, _ in trees)
+    ids = np.full((len(rows), length), pad_id)
+    positions = np.zeros_like(ids)
+    mask = np.tile(np.eye(length, dtype=bool), (len(rows), 1, 1))
+    scored, label_index, counts = {}, [], []  # scored: (predictor, label) -> its number
+    for n, (tree, paths) in enumerate(trees):
+        distance, sight = positions[n], mask[n]
+        for i, (before, token) in enumerate(tree):
+            ids[n, i] = token
+            if before is not None:
+                distance[i] = distance[before] + 1
+                sight[i] |= sight[before]
+        for path, count in paths:
+            steps = [(n * length + before, token) for before, token in (tree[i] for i in path[-count:])]
+            label_index += [scored.setdefault(step, len(scored)) for step in steps]
             counts.append(count)
     predictors, labels = torch.tensor(list(scored)).T
-    return SharedRows(ids, positions, mask, predictors, labels, torch.tensor(places), counts)
+    ids, positions, mask = (torch.from_numpy(array) for array in (ids, positions, mask[:, None]))
+    return SharedRows(ids, positions, mask, predictors, labels, torch.tensor(label_index), counts)
 
 
 def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]]:

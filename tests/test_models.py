@@ -14,8 +14,9 @@ import bitsandbytes
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
-from small import CONFIGS, random_items, small_model
+from small import CONFIGS, IDS, SHAPE, random_items, small_model
 from small_runs import pairs, policy, profile
+from transformers import AutoModelForCausalLM, PhiConfig
 from transformers.activations import NewGELUActivation
 
 from dpo_utils import attention, models, profiles
@@ -153,7 +154,8 @@ def test_lean_lora_is_pefts_sum(kind, passes):
 
 
 @pytest.mark.parametrize(
-    "quantize, dtype, tolerance", [(True, "float32", 1e-5), (False, "float32", 1e-5), (False, "bfloat16", 3e-2)]
+    "quantize, dtype, tolerance",
+    [(True, "float32", 1e-5), (False, "float32", 1e-5), (False, "bfloat16", 3e-2), (True, "bfloat16", 3e-2)],
 )
 def test_a_loaded_policy_has_lean_layers(quantize, dtype, tolerance, passes):
     """In 4 bits, and in bfloat16, where the sum is float32 as PEFT's is."""
@@ -163,6 +165,47 @@ def test_a_loaded_policy_has_lean_layers(quantize, dtype, tolerance, passes):
     wanted, usual_logps = usual(model)
     assert all((a - b).norm() <= tolerance * b.norm() for a, b in zip(got, wanted, strict=True))
     assert torch.allclose(logps, usual_logps, rtol=tolerance, atol=tolerance)
+
+
+def test_an_adapter_narrower_than_its_base_does_not_round_the_base():
+    """As TRL leaves them: bfloat16 adapters on a 4-bit base that computes in float32."""
+    _, layer = lora_layer()
+    for adapter in (layer.lora_A, layer.lora_B):
+        adapter.bfloat16()
+    x = torch.randn(50, 6)
+    got, wanted = layer(x), usual_layer(layer, x)
+    assert got.dtype == torch.float32 and (got - wanted).abs().max() < 2e-2
+    layer.lora_B["default"].weight.data.zero_()
+    assert torch.equal(layer(x), layer.base_layer(x))
+
+
+def test_one_vector_and_a_second_call_change_nothing(passes):
+    net, layer = lora_layer()
+    kind, x = type(layer), torch.randn(6)
+    assert models.lean_lora(net) == 1 and type(layer) is kind
+    assert torch.allclose(layer(x), usual_layer(layer, x), atol=1e-6) and passes
+
+
+def test_compiled_layers_share_their_code():
+    """Ten layers, as many graphs as under PEFT's own classes: Dynamo gives up at eight."""
+    from torch._dynamo.testing import CompileCounter
+
+    graphs = []
+    for lean in (False, True):
+        torch._dynamo.reset()
+        counter, config = CompileCounter(), PhiConfig(**{**SHAPE, "num_hidden_layers": 10}, **IDS)
+        model = get_peft_model(AutoModelForCausalLM.from_config(config), LoraConfig(r=2, target_modules=["q_proj", "fc1"]))
+        assert not lean or models.lean_lora(model) == 20
+        for layer in model.get_base_model().model.layers:
+            layer.compile(backend=counter, dynamic=True)
+        model(input_ids=torch.arange(5)[None], use_cache=False)
+        graphs.append(counter.frame_count)
+    assert graphs[0] == graphs[1] < 8
+
+
+def usual_layer(layer, x):
+    """What PEFT's own class makes of x."""
+    return type(layer).__mro__[2].forward(layer, x)
 
 
 def lora_layer(**options):
@@ -191,7 +234,7 @@ def test_what_is_not_the_plain_sum_goes_pefts_way(case, passes):
         layer.set_adapter("second")
     got = layer(x)
     assert bool(passes) == (case == "another")
-    assert torch.allclose(got, type(layer).__mro__[2].forward(layer, x), atol=1e-6)
+    assert torch.allclose(got, usual_layer(layer, x), atol=1e-6)
     assert torch.allclose(got, layer.base_layer(x)) == (case in ("off", "merged"))
 
 

@@ -122,7 +122,7 @@ def test_what_answers_begin_with_stands_once_by_hand():
     rows = T.pack_rows([[([1, 2], [[3, 4, 9], [3, 5]])]], pad_id=0)
     assert rows.input_ids.tolist() == [[1, 2, 3, 4, 9, 5]] and rows.position_ids.tolist() == [[0, 1, 2, 3, 4, 3]]
     assert rows.labels.tolist() == [3, 4, 9, 5] and rows.predictors.tolist() == [1, 2, 3, 2]
-    assert rows.places.tolist() == [0, 1, 2, 0, 3] and rows.counts == [3, 2]
+    assert rows.label_index.tolist() == [0, 1, 2, 0, 3] and rows.counts == [3, 2]
     assert rows.mask[0, 0, 5].nonzero().flatten().tolist() == [0, 1, 2, 5]
 
 
@@ -131,7 +131,7 @@ def test_one_answer_in_two_pairs_stands_once():
     prompt, a, b, c = [1, 2], [3, 4], [5, 6, 7], [8]
     rows = T.pack_rows([[(prompt, [a, b]), (prompt, [a, c])]], pad_id=0)
     assert rows.input_ids.tolist() == [prompt + a + b + c] and rows.labels.tolist() == a + b + c
-    assert rows.places.tolist() == [0, 1, 2, 3, 4, 0, 1, 5] and rows.counts == [2, 3, 2, 1]
+    assert rows.label_index.tolist() == [0, 1, 2, 3, 4, 0, 1, 5] and rows.counts == [2, 3, 2, 1]
 
 
 ids = st.lists(st.integers(3, 5), min_size=1, max_size=5)  # few ids: much begins alike
@@ -147,10 +147,10 @@ def test_a_row_holds_every_beginning_once_and_every_sequence_whole(items):
     assert rows.input_ids.shape == (1, len(beginnings)) and len(rows.labels) <= sum(rows.counts)
     assert len(items) > 1 or len(beginnings) == T.item_length(items[0])
     assert rows.counts == [count for _, count in sequences]
-    for (sequence, count), places in zip(sequences, rows.places.split(rows.counts), strict=True):
-        assert rows.labels[places].tolist() == sequence[-count:]
-        for place, end in zip(rows.predictors[places].tolist(), range(len(sequence) - count, len(sequence)), strict=True):
-            seen = rows.mask[0, 0, place].nonzero().flatten()
+    for (sequence, count), scored in zip(sequences, rows.label_index.split(rows.counts), strict=True):
+        assert rows.labels[scored].tolist() == sequence[-count:]
+        for before, end in zip(rows.predictors[scored].tolist(), range(len(sequence) - count, len(sequence)), strict=True):
+            seen = rows.mask[0, 0, before].nonzero().flatten()
             assert rows.input_ids[0, seen].tolist() == sequence[:end]
             assert rows.position_ids[0, seen].tolist() == list(range(end))
 

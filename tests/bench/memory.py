@@ -23,7 +23,7 @@ from dpo_utils.models import load_policy
 from dpo_utils.profiles import load_profile, run_directory
 from dpo_utils.train import train_dpo
 
-CARDS = (6, 8, 12, 16)  # GiB
+CARDS = (6, 8, 12, 16)  # GiB by name; a desktop on the same card takes some of it
 SETTINGS = {  # how a step is cut
     "as the profile": {},
     "a pair at a time": {"micro_tokens": 1},
@@ -32,7 +32,7 @@ SETTINGS = {  # how a step is cut
 
 
 def peak_gib() -> float:
-    """The most memory so far: on a GPU what the process holds of it, library included; else its resident memory."""
+    """The most memory so far: on a GPU all that is in use there, the library's own included; else what the process holds."""
     if not GPU:
         return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     free, total = torch.cuda.mem_get_info()

@@ -174,7 +174,7 @@ def prefix_score(model, items):
     rows = pack_rows([[item] for item in items], pad_id=0).to(model.device)
     out = model(input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False)
     token_logps = out.logits.flatten(0, 1).log_softmax(-1)[rows.predictors, rows.labels]
-    return torch.stack([part.sum() for part in token_logps[rows.places].split(rows.counts)])
+    return torch.stack([part.sum() for part in token_logps[rows.label_index].split(rows.counts)])
 
 
 VARIANTS = {
