@@ -12,7 +12,7 @@ from dpo_utils.profiles import PHI_TARGETS, Profile
 BODY = {"hidden_size": 512, "intermediate_size": 2048, "num_hidden_layers": 8, "num_attention_heads": 8}
 MODELS = {
     "C": {**BODY, "vocab_size": 2560},  # the head's share of the work is Phi-2's
-    "A": {**BODY, "vocab_size": 51200},  # Phi-2's vocabulary on the same body: the head is half the work
+    "A": {**BODY, "vocab_size": 51200},  # Phi-2's vocabulary on the same body: a head too large for it
     "phi2": {
         "hidden_size": 2560,
         "intermediate_size": 10240,
