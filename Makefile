@@ -32,7 +32,7 @@ refresh: .venv/.installed
 
 # Before and after over three seeds: make report PROFILE=smollm2 [ARGS='--name mine --data pairs.jsonl']
 report: .venv/.installed
-	$(PY) -m dpo_utils.report --profile $(PROFILE) $(ARGS)
+	$(PY) -m dpo_utils.experiments.report --profile $(PROFILE) $(ARGS)
 
 # Ours beside TRL and plain loops on CPU, two models, short and long pairs: an hour and a half.
 # ARGS='--shapes C --rounds 1' is a third of it.

@@ -6,7 +6,7 @@ import random
 from pathlib import Path
 
 from dpo_utils.data import fold
-from dpo_utils.widgets import live
+from dpo_utils.exercises.widgets import live
 
 
 class BlindChoice:

@@ -12,8 +12,8 @@ from tqdm import tqdm
 
 from dpo_utils import checkpoints
 from dpo_utils.keys import run_key
-from dpo_utils.logps import unwrap, why_plain
-from dpo_utils.models import save_adapter, trainable
+from dpo_utils.logps import options_for, why_plain
+from dpo_utils.models import save_adapter, trainable, unwrap
 from dpo_utils.preflight import after_first_step, before_first_step
 from dpo_utils.profiles import Profile, make_plan
 from dpo_utils.step import Run, Task, take_step
@@ -24,12 +24,6 @@ PATIENCE = 3  # non-finite steps in a row before the run stops
 def engine(model, tracker=None, output=None) -> Accelerator:
     """Accelerate, on the device the model is on."""
     return Accelerator(cpu=model.device.type == "cpu", log_with=tracker, project_dir=output)
-
-
-def options_for(profile: Profile, tokenizer) -> dict:
-    """The arguments of `completion_logps` that a profile sets."""
-    pad_id = tokenizer.pad_token_id
-    return {"pad_id": pad_id, "micro_tokens": profile.micro_tokens, "row_tokens": profile.row_tokens}
 
 
 def read_history(folder) -> list[dict]:

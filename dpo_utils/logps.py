@@ -13,6 +13,8 @@ from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 
 from dpo_utils.attention import SDPA
+from dpo_utils.models import unwrap
+from dpo_utils.profiles import Profile
 from dpo_utils.tokens import collate_rows, pack_rows, plan_plain_rows, plan_rows
 
 HEAD_LOGITS = 2**23  # logits that are alive at once: 32 MiB in float32
@@ -72,11 +74,6 @@ class HeadLogps(torch.autograd.Function):
         """grad: (S,)."""
         (slope,) = ctx.saved_tensors
         return slope * grad[:, None].to(slope.dtype), None, None, None
-
-
-def unwrap(model):
-    """The Hugging Face model inside a PEFT model, adapters still in place."""
-    return model.get_base_model() if hasattr(model, "get_base_model") else model
 
 
 def shared_logps(model, rows):
@@ -172,3 +169,9 @@ def all_logps(model, items, **options):
             out = torch.empty(len(items), logps.shape[1], dtype=logps.dtype)
         out[numbers] = logps.cpu()
     return out
+
+
+def options_for(profile: Profile, tokenizer) -> dict:
+    """The arguments of `completion_logps` that a profile sets."""
+    pad_id = tokenizer.pad_token_id
+    return {"pad_id": pad_id, "micro_tokens": profile.micro_tokens, "row_tokens": profile.row_tokens}

@@ -247,6 +247,11 @@ def as_reference(model):
         model.base_model.set_adapter("default")
 
 
+def unwrap(model):
+    """The Hugging Face model inside a PEFT model, adapters still in place."""
+    return model.get_base_model() if hasattr(model, "get_base_model") else model
+
+
 def trainable(model) -> list[nn.Parameter]:
     """The parameters that are trained, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]

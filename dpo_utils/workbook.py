@@ -35,7 +35,7 @@ def start_kernel(folder: Path) -> KernelManager:
     """A kernel in a folder that imports the libraries, which takes seconds, without binding a name; does not wait for it."""
     quiet = "--IPKernelApp.log_level=40"  # errors alone: its warnings would cut our lines in two
     kernel = KernelManager(kernel_name="python3")
-    kernel.start_kernel(cwd=str(folder), extra_arguments=[quiet, "--IPKernelApp.exec_lines=__import__('dpo_utils.study')"])
+    kernel.start_kernel(cwd=str(folder), extra_arguments=[quiet, "--IPKernelApp.exec_lines=__import__('dpo_utils.experiments.grid')"])
     return kernel
 
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_utils import benchmark as B
+from dpo_utils.experiments import truthfulqa as B
 from dpo_utils.logps import plain_logps
 from dpo_utils.models import as_reference, load_policy, trainable
 

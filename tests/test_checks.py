@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dpo_utils import checks, losses, museum
+from dpo_utils import losses
+from dpo_utils.exercises import bugs, checks
 from dpo_utils.logps import sequence_logps
 from dpo_utils.tokens import collate
 
@@ -48,7 +49,7 @@ BUG_NAMED = {
     "policy_frozen": "nothing is trainable",
     "reference_before_sft": "not the model training starts from",
 }
-FUNCTIONS = [(check, bug) for check, bugs in museum.EXHIBITS.items() if check != "check_reference" for bug in bugs]
+FUNCTIONS = [(check, bug) for check, bugs in bugs.EXHIBITS.items() if check != "check_reference" for bug in bugs]
 
 
 @pytest.mark.parametrize("check", RIGHT)
@@ -63,9 +64,9 @@ def test_each_bug_is_rejected_and_named(check, bug):
 
 
 def test_every_exhibit_has_a_check_and_a_name():
-    bugs = [bug.__name__ for family in museum.EXHIBITS.values() for bug in family]
-    assert sorted(bugs) == sorted(BUG_NAMED) and len(bugs) == len(set(bugs)) >= 10
-    assert set(museum.EXHIBITS) == {name for name in vars(checks) if name.startswith("check_")}
+    names = [bug.__name__ for family in bugs.EXHIBITS.values() for bug in family]
+    assert sorted(names) == sorted(BUG_NAMED) and len(names) == len(set(names)) >= 10
+    assert set(bugs.EXHIBITS) == {name for name in vars(checks) if name.startswith("check_")}
 
 
 # ---- bugs that only the tests hold: one line each, on top of the museum's
@@ -192,7 +193,7 @@ def test_a_copy_is_a_reference():
     assert torch.equal(score(policy), before)  # the step was undone
 
 
-@pytest.mark.parametrize("bug", museum.EXHIBITS["check_reference"], ids=lambda x: x.__name__)
+@pytest.mark.parametrize("bug", bugs.EXHIBITS["check_reference"], ids=lambda x: x.__name__)
 def test_each_wrong_reference_is_rejected_and_named(bug):
     policy, reference = tiny_phi(), tiny_phi()
     with pytest.raises(AssertionError, match=BUG_NAMED[bug.__name__]):

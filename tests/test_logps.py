@@ -8,7 +8,7 @@ from small import CONFIGS, IDS, SHAPE, random_items, small_model
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from dpo_utils import logps as L
-from dpo_utils.checks import check_sequence_logps
+from dpo_utils.exercises.checks import check_sequence_logps
 from dpo_utils.models import turn_dropout_off
 from dpo_utils.tokens import collate, pack_rows
 

@@ -223,7 +223,7 @@ LENGTHS = torch.tensor([4, 9, 2]), torch.tensor([6, 7, 12])
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("name", ["dpo", "hinge", "ipo", "robust", "apo_zero"])
 def test_against_trl_dpo_trainer(name, beta):
-    from dpo_utils.checks import trl_loss
+    from dpo_utils.exercises.checks import trl_loss
 
     trl_name = {"dpo": "sigmoid"}.get(name, name)
     smoothing = 0.2 if name == "robust" else 0.0
@@ -234,7 +234,7 @@ def test_against_trl_dpo_trainer(name, beta):
 
 def test_trl_sigmoid_ignores_label_smoothing():
     """A difference in meaning, held here so that a change in TRL is noticed: ours is cDPO."""
-    from dpo_utils.checks import trl_loss
+    from dpo_utils.exercises.checks import trl_loss
 
     plain = trl_loss(*SUMS, *LENGTHS, beta=0.1, loss_type="sigmoid")
     assert trl_loss(*SUMS, *LENGTHS, beta=0.1, loss_type="sigmoid", label_smoothing=0.2) == plain

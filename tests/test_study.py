@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from dpo_utils import rl, study, train, world
+from dpo_utils import train, world
+from dpo_utils.experiments import grid, reinforce
 from dpo_utils.checkpoints import SettingsChanged
 from dpo_utils.models import load_policy, trainable
-from dpo_utils.study import Lab, Recipe
+from dpo_utils.experiments.grid import Lab, Recipe
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +25,7 @@ def start(tmp_path_factory, tiny):
 
 @pytest.fixture(autouse=True)
 def small_measures(monkeypatch):
-    monkeypatch.setitem(study.SIZES, "reduced", (24, 20, 1))
+    monkeypatch.setitem(grid.SIZES, "reduced", (24, 20, 1))
 
 
 @pytest.fixture
@@ -75,7 +76,7 @@ def test_results_are_kept_and_read_back_only_where_nothing_changed(start, tmp_pa
     for other in (Recipe("noisy", noise=0.5), Recipe("few", pairs=5), Recipe("hot", {"beta": 2.0})):
         kept.run(other)
     assert len(list(tmp_path.iterdir())) == 4
-    monkeypatch.setattr(study, "METHODS", {"preferences": None})  # a run that trains would fail now
+    monkeypatch.setattr(grid, "METHODS", {"preferences": None})  # a run that trains would fail now
     assert kept.run(Recipe("by another name"))["points"] == first["points"]
     with pytest.raises(TypeError):
         kept.run(Recipe("one"), seed=1)
@@ -95,24 +96,24 @@ def test_labels_and_noise_do_what_they_say(lab):
 def test_thumbs_keep_the_share_of_downs():
     pairs = [{"prompt": "p", "chosen": "c", "rejected": "r"}] * 20
     for share, downs in ((1.0, 20), (0.1, 2), (0.25, 5)):
-        rows = study.thumbs(pairs, share)
+        rows = grid.thumbs(pairs, share)
         assert sum(row["label"] for row in rows) == 20 and sum(not row["label"] for row in rows) == downs
 
 
 def test_the_interval_over_seeds_by_hand(monkeypatch):
-    mean, low, high = study.across_seeds([1.0, 2.0, 3.0])
+    mean, low, high = grid.across_seeds([1.0, 2.0, 3.0])
     assert (mean, high - mean) == (2.0, pytest.approx(4.302653 / 3**0.5)) and low < mean
-    assert study.across_seeds([0.5]) == (0.5, 0.5, 0.5)
+    assert grid.across_seeds([0.5]) == (0.5, 0.5, 0.5)
     monkeypatch.setenv("DPO_GRID", "huge")
     with pytest.raises(ValueError, match="DPO_GRID is 'huge'"):
-        study.grid()
+        grid.grid()
 
 
-@pytest.mark.parametrize("method", study.METHODS)
+@pytest.mark.parametrize("method", grid.METHODS)
 def test_every_method_trains_and_leaves_a_point(lab, method):
     result = lab.run(Recipe(method, method=method))
     assert len(result["history"]) == 4 and result["points"][-1]["kl"] > 0
-    assert study.line([result]).startswith("true")
+    assert grid.line([result]).startswith("true")
 
 
 # --- thumbs, one by one -----------------------------------------------------------------------------------------------
@@ -120,7 +121,7 @@ def test_every_method_trains_and_leaves_a_point(lab, method):
 
 def test_kto_starts_at_one_half_and_its_labels_are_part_of_the_run(start, tmp_path):
     profile, adapter = start
-    rows = study.thumbs(world.preferences(n=20))
+    rows = grid.thumbs(world.preferences(n=20))
 
     def run(rows, **options):
         model, tokenizer = load_policy(profile, adapter=adapter)
@@ -143,7 +144,7 @@ def test_kto_starts_at_one_half_and_its_labels_are_part_of_the_run(start, tmp_pa
 def test_the_reward_model_ranks_pairs_it_has_not_seen(start):
     profile, adapter = start
     model, tokenizer = load_policy(profile, adapter=adapter)
-    reward = rl.fit_reward_model(model, tokenizer, world.preferences(n=300), profile)
+    reward = reinforce.fit_reward_model(model, tokenizer, world.preferences(n=300), profile)
     rows, _ = train.tokenize_all(world.preferences("test", n=60), tokenizer, profile.max_length)
     scores = [reward([(row["prompt_ids"], row[f"{side}_ids"]) for row in rows]) for side in ("chosen", "rejected")]
     assert (scores[0] > scores[1]).float().mean() > 0.9
@@ -160,7 +161,7 @@ def test_the_policy_gradient_raises_what_is_rewarded_and_beta_holds_it_back(star
     def last_reward(beta):
         model, tokenizer = load_policy(profile, adapter=adapter)
         before = [p.detach().clone() for p in trainable(model)]
-        history = rl.train_reinforce(model, tokenizer, questions, short, dataclasses.replace(profile, beta=beta))
+        history = reinforce.train_reinforce(model, tokenizer, questions, short, dataclasses.replace(profile, beta=beta))
         assert any(not torch.equal(a, b) for a, b in zip(before, trainable(model), strict=True))
         return history
 
@@ -171,5 +172,5 @@ def test_the_policy_gradient_raises_what_is_rewarded_and_beta_holds_it_back(star
 def test_without_several_seeds_there_is_no_interval():
     point = {"true": 0.5, "kl": 0.25}
     one, three = [{"points": [point]}], [{"points": [{**point, "kl": kl}]} for kl in (0.1, 0.2, 0.3)]
-    assert "±" not in study.table({"DPO": one}) and "0.250" in study.table({"DPO": one})
-    assert "0.200 ± 0.248" in study.table({"DPO": three})
+    assert "±" not in grid.table({"DPO": one}) and "0.250" in grid.table({"DPO": one})
+    assert "0.200 ± 0.248" in grid.table({"DPO": three})

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from small import random_items
 
 from dpo_utils import tokens as T
-from dpo_utils.checks import check_collate
+from dpo_utils.exercises.checks import check_collate
 from dpo_utils.models import load_tokenizer
 from dpo_utils.profiles import load_profile
 from dpo_utils.tokens import collate_rows, plan_plain_rows

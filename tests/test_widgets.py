@@ -6,7 +6,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 import pytest
 
-from dpo_utils import tabular, widgets
+from dpo_utils import tabular
+from dpo_utils.exercises import widgets
 
 
 @pytest.fixture(autouse=True)

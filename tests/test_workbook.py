@@ -48,7 +48,7 @@ def test_a_failing_cell_stops_the_run_and_is_shown(clone, capsys):
 def test_no_kernel_is_left_and_none_has_names_of_ours(clone, monkeypatch):
     started, real = [], workbook.start_kernel
     monkeypatch.setattr(workbook, "start_kernel", lambda folder: started.append(real(folder)) or started[-1])
-    write(clone, "01_a.ipynb", "import sys\nassert 'dpo_utils.study' in sys.modules and 'dpo_utils' not in dir()")
+    write(clone, "01_a.ipynb", "import sys\nassert 'dpo_utils.experiments.grid' in sys.modules and 'dpo_utils' not in dir()")
     write(clone, "02_b.ipynb", "1 / 0")
     write(clone, "03_c.ipynb", "print('never')")
     assert workbook.main([]) == 1

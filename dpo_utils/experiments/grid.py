@@ -16,7 +16,8 @@ import numpy as np
 import torch
 from scipy.stats import t
 
-from dpo_utils import rl, world
+from dpo_utils import world
+from dpo_utils.experiments import reinforce
 from dpo_utils.checkpoints import write_file
 from dpo_utils.divergence import mean_and_error, sampled_kl
 from dpo_utils.evaluate import preference_table, sample_ids, shuffled, swap, true_probability, wins
@@ -77,9 +78,9 @@ def _thumbs(model, tokenizer, pairs, profile, options, on_step):
 
 
 def _reinforce(model, tokenizer, pairs, profile, options, on_step):
-    reward = rl.fit_reward_model(model, tokenizer, pairs, profile)
+    reward = reinforce.fit_reward_model(model, tokenizer, pairs, profile)
     prompts = list(dict.fromkeys(row["prompt"] for row in pairs))
-    return rl.train_reinforce(model, tokenizer, prompts, reward, profile, on_step=on_step, **options)
+    return reinforce.train_reinforce(model, tokenizer, prompts, reward, profile, on_step=on_step, **options)
 
 
 METHODS = {"preferences": _preferences, "chosen": _chosen, "thumbs": _thumbs, "reinforce": _reinforce}

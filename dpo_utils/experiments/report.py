@@ -1,6 +1,6 @@
 """Before and after, over seeds: SFT, DPO and held-out accuracy beside the baselines, as one table and one figure.
 
-python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE] [--column prompt=Question ...]
+python -m dpo_utils.experiments.report --profile smollm2 --name misconceptions [--data FILE] [--column prompt=Question ...]
                            [--benchmark TruthfulQA.csv --limit 80]
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from dpo_utils import plots
-from dpo_utils.benchmark import multiple_choice, overlap, read_truthfulqa
+from dpo_utils.experiments.truthfulqa import multiple_choice, overlap, read_truthfulqa
 from dpo_utils.data import column_name, load_preferences, plain_text, split_by_prompt
 from dpo_utils.divergence import calibration, sampled_kl
 from dpo_utils.evaluate import bootstrap, preference_table, sample, sample_ids, surface_baselines, wins
