@@ -22,6 +22,7 @@ test: .venv/.installed
 	$(PY) -m pytest -q tests
 	$(PY) -m pytest -q -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
 	$(PY) -m ruff check dpo_utils tests notebooks
+	$(PY) -m ruff format --check dpo_utils tests
 
 lab: .venv/.installed
 	$(PY) -m jupyterlab notebooks

@@ -1,52 +1,49 @@
-"""The DPO workbook's helper module: one file a stage of the pipeline, read from left to right.
+"""The DPO workbook's helper module. The path from a pair to a trained adapter, in order:
 
-profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> plots; beside the line: world (the tiny
-world), tabular (notebook 03's exact world), attention, checks, widgets, checkpoints, assets/; after it, for notebooks 05 and 06:
-divergence (KL, calibration), judges and collect (a person as judge), benchmark (lm-eval), card, study (grids) and rl.
+profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> plots
+
+Next to it: rows and schemas (records of any source to checked pairs), fast (the same log-probs for
+half the work), schedule, reference, preflight, checkpoints and export (what surrounds a run),
+audit, judges, world and tabular (two worlds with a known truth), make_tiny and workbook (commands).
+experiments/ and exercises/ hold what single notebooks need.
 """
 
 import logging
+import os
 import warnings
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a process forks
 
-# Said by libraries at every start, and nothing that a reader could or should mend.
-logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional CPU kernel is absent
+# Said by libraries at every start, and nothing that a reader could mend.
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an optional kernel
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
 def setup(profile: str | None = None, **changes):
-    """Open a notebook: quiet libraries, print versions, device, profile and plan; returns the profile.
+    """Open a notebook: quiet libraries; print versions, profile and plan; returns the profile.
 
-    profile: its name, by default `DPO_PROFILE`'s; changes: fields of it that are to be other, as in
-    `setup(target_modules=("q_proj", "v_proj"))` (`profiles.load_profile`).
+    profile: its name, by default `DPO_PROFILE`'s. changes: fields of it that shall differ, as in
+    `setup(target_modules=("q_proj", "v_proj"))`; see `profiles.load_profile`.
     """
-    import logging
-    import os
-    import warnings
     from importlib.metadata import version
 
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    warnings.filterwarnings("ignore", category=FutureWarning)
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it reports an optional CPU kernel that is absent
     import datasets
-    import matplotlib_inline.backend_inline
     import torch
     import transformers
+    from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    from dpo_utils.notebook import explain_missing_names
     from dpo_utils.profiles import describe, load_profile, make_plan
 
-    explain_missing_names()
-
+    warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    matplotlib_inline.backend_inline.set_matplotlib_formats("png")
+    set_matplotlib_formats("png")
     chosen = load_profile(profile, **changes)
     if chosen.name == "tiny" and not torch.cuda.is_available():
         torch.set_num_threads(1)  # measured: the tiny model is faster on one thread than on two
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
-    print(" ".join(f"{name} {version(name)}" for name in names))
+    print(*(f"{name} {version(name)}" for name in names))
     print(describe(chosen), make_plan(chosen), sep="\n")
     return chosen

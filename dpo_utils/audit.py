@@ -1,267 +1,182 @@
-"""What is wrong with a preference data set, counted with 1-based row numbers. Nothing is changed or refused.
+"""What is wrong with a preference data set, counted by row; nothing is changed or refused.
 
-Beside the pipeline: calls `data` for reading and checking, `tokens` only when a tokenizer is given.
+`python -m dpo_utils.audit FILE [--json]` reports on a file.
 """
 
 import argparse
 import json
 import sys
 import textwrap
-from collections import defaultdict
-from collections.abc import Callable
+from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
+import pandas
 
-from dpo_utils.data import PREFERENCES, Outcome, column_name, fold, parse, plain_text, prompt_key
-from dpo_utils.rows import REASONS, BadRow, PreferenceDataError, read_rows
+from dpo_utils.data import column_name
+from dpo_utils.rows import REASONS, BadRow, PreferenceDataError, Row
+from dpo_utils.schemas import fold, plain_text, prompt_key, read_pairs
 
-# Worth knowing, though the row stays in use.
-NOTES = ("duplicate pair", "conflicting pair", "prompt also held out", "end-of-text marker", "some scores tied", "completion cut")
-# What tokens.UnusablePair says -> the name under which it is counted; any other reason counts under its own words.
-TOKEN_REASONS = {
+SIDES = ["prompt", "chosen", "rejected"]
+TOKEN_REASONS = {  # what tokens.UnusablePair says -> the name under which it is counted
     "chosen and rejected are the same tokens": "identical tokens",
     "prompt fills max_length": "prompt too long",
     "chosen and rejected are the same after the cut": "identical after truncation",
 }
-NEEDS = {  # what a finding needs beside the rows
-    "identical tokens": ("tokenizer",),
-    "prompt too long": ("tokenizer", "max_length"),
-    "identical after truncation": ("tokenizer", "max_length"),
-    "completion cut": ("tokenizer", "max_length"),
-    "prompt also held out": ("held_out",),
-}
-MARKERS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")  # looked for when no tokenizer says its own
+NEEDS = dict.fromkeys([*TOKEN_REASONS.values(), "completion cut"], ("tokenizer", "max_length"))
+NEEDS |= {"identical tokens": ("tokenizer",), "prompt also held out": ("held_out",)}
+MARKERS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")  # end of text
 UNCUT = 10**9  # tokens: no completion is cut
 
 
 @dataclass(frozen=True)
 class AuditReport:
-    """Counts and row numbers of everything found; `dropped` parts the dropped rows by their first reason."""
+    """What was found, with 1-based row numbers; kept and dropped rows together are all rows."""
 
     source: str
     rows: int  # read
-    kept: int  # rows that give at least one usable pair; kept + rows in `dropped` = rows
+    kept: int  # rows that give at least one usable pair
     pairs: int  # from the kept rows
     prompts: int  # distinct after folding, system turns left out
-    dropped: dict[str, list[int]]  # reason -> row numbers, each row once
-    noted: dict[str, list[int]]  # finding -> row numbers of kept rows, a row may be in several
-    lengths: dict[str, dict[str, dict[str, float]]]  # unit -> prompt, chosen, rejected -> statistics
-    unchecked: list[str]  # findings that would need a tokenizer, a max_length or a held_out set
-    length_only: dict[str, float]  # unit -> accuracy of "the longer answer is the chosen one", a tie is half
-
-    def to_dict(self) -> dict:
-        """Plain data for JSON; row lists become {"count", "rows"}."""
-        counted = {
-            part: {name: {"count": len(rows), "rows": rows} for name, rows in getattr(self, part).items()}
-            for part in ("dropped", "noted")
-        }
-        return asdict(self) | counted
+    dropped: dict[str, list[int]]  # reason -> rows; each row once, under its first reason
+    noted: dict[str, list[int]]  # finding -> kept rows; a row may have several
+    lengths: dict[str, dict[str, dict[str, float]]]  # unit -> side -> statistics
+    length_only: dict[str, float]  # unit -> how often the longer answer is chosen; a tie is half
+    unchecked: list[str]  # findings that need a tokenizer, a max_length or a held_out set
 
     def __str__(self) -> str:
         lines = [
-            f"{self.source}: {self.rows} rows read = {self.kept} kept + {self.rows - self.kept} dropped; "
-            f"{self.pairs} pairs on {self.prompts} prompts"
+            f"{self.source}: {self.rows} rows read = {self.kept} kept + {self.rows - self.kept} "
+            f"dropped; {self.pairs} pairs on {self.prompts} prompts"
         ]
-        for part in ("dropped", "noted"):
-            lines += [f"  {part:8}{name:28}{len(rows):6}  {row_list(rows)}" for name, rows in getattr(self, part).items() if rows]
-        none = [name for part in (self.dropped, self.noted) for name, rows in part.items() if not rows]
+        for part, found in (("dropped", self.dropped), ("noted", self.noted)):
+            for name, rows in found.items():
+                if rows:
+                    some = ", ".join(map(str, rows[:8])) + " ..." * (len(rows) > 8)
+                    lines.append(f"  {part:8}{name:28}{len(rows):6}  rows {some}")
+        none = [name for name, rows in (self.noted | self.dropped).items() if not rows]
         unchecked = [f"{name} (needs {' and '.join(NEEDS[name])})" for name in self.unchecked]
-        lines += [
-            textwrap.fill(f"  {title}: {', '.join(names)}", 110, subsequent_indent="    ")
-            for title, names in (("none", none), ("not checked", unchecked))
-            if names
-        ]
+        for title, names in (("none", none), ("not checked", unchecked)):
+            if names:
+                text = f"  {title}: {', '.join(names)}"
+                lines.append(textwrap.fill(text, 100, subsequent_indent="    "))
         for unit, sides in self.lengths.items():
-            lines += [
-                f"  {unit}: {side:10}" + "  ".join(f"{name} {value:g}" for name, value in statistics.items())
-                for side, statistics in sides.items()
-            ]
-            lines.append(f"  {unit}: the longer answer is the chosen one in {self.length_only[unit]:.3f} of the pairs")
+            share = (
+                f"the longer answer is the chosen one in {self.length_only[unit]:.3f} of the pairs"
+            )
+            table = pandas.DataFrame(sides).T.to_string()
+            lines.append(textwrap.indent(f"{table}\n{unit}: {share}", "  "))
         return "\n".join(lines)
 
 
-def row_list(rows: list[int], shown: int = 8) -> str:
-    """The first few row numbers: "rows 3, 7, 9 ..."."""
-    return f"rows {', '.join(map(str, rows[:shown]))}{' ...' if len(rows) > shown else ''}" if rows else ""
-
-
-def audit(dataset, tokenizer=None, max_length: int | None = None, held_out=None, columns: dict | None = None):
-    """AuditReport of a data set: a file, a hub id, a bundled name, a Dataset or a list of rows.
+def audit(dataset, tokenizer=None, max_length=None, held_out=None, columns=None) -> AuditReport:
+    """What is wrong with a file, a hub id, a bundled set, a Dataset or a list of rows.
 
     tokenizer: also count what tokenising does. max_length: tokens, also count what truncation does.
-    held_out: another data set whose prompts must not appear in this one. columns: our names -> its own.
+    held_out: another data set whose prompts must not be in this one. columns: our names -> its own.
     Raises PreferenceDataError where there are no rows to read or no known columns.
     """
-    given = {"tokenizer": tokenizer, "max_length": max_length, "held_out": held_out}
-    source, rows = read_rows(dataset, bundled=PREFERENCES.bundled)
-    outcomes, lengths = parse(rows, PREFERENCES, columns, source), {}
-    dropped, noted = ({name: set() for name in names} for names in ((*REASONS, *TOKEN_REASONS.values()), NOTES))
-    if tokenizer is not None:
-        outcomes, lengths["tokens"] = tokenise(outcomes, tokenizer, max_length or UNCUT, noted)
-    kept = [outcome for outcome in outcomes if outcome.pairs]
-    pairs = [pair for outcome in kept for pair in outcome.pairs]
-    lengths = {"characters": [character_lengths(pair) for pair in pairs]} | lengths
-    note_repeats(kept, noted)
-    note_each(kept, noted, "end-of-text marker", has_marker)
-    if held_out is not None:
-        note_each(kept, noted, "prompt also held out", shares_prompt(held_out, columns))
-    for row, _, bad in outcomes:
-        if bad:
-            dropped.setdefault(bad.reason, set()).add(row.number)
-        elif has_ties(row.values, columns or {}):
-            noted["some scores tied"].add(row.number)
-    unchecked = [name for name, needs in NEEDS.items() if any(given[need] is None for need in needs)]
-    return AuditReport(
-        source,
-        len(rows),
-        len(kept),
-        len(pairs),
-        len({prompt_key(pair["prompt"]) for pair in pairs}),
-        *({name: sorted(found) for name, found in part.items() if name not in unchecked} for part in (dropped, noted)),
-        {unit: describe(np.array(values)) for unit, values in lengths.items() if values},
-        unchecked,
-        {unit: length_only(np.array(values)) for unit, values in lengths.items() if values},
-    )
-
-
-# ---- findings ----
-
-
-def tokenise(outcomes: list[Outcome], tokenizer, max_length: int, noted: dict) -> tuple[list[Outcome], list[tuple]]:
-    """Outcomes without the pairs that cannot be trained on, and the uncut lengths of the others."""
-    lengths, after = [], []
-    for row, pairs, bad in outcomes:
-        usable = []
-        for pair in pairs:
-            try:
-                lengths.append(token_lengths(pair, tokenizer, max_length))
-                usable.append(pair)
-                if lengths[-1][0] + max(lengths[-1][1:]) > max_length:
-                    noted["completion cut"].add(row.number)
-            except BadRow as problem:
-                bad = problem
-        after.append(Outcome(row, usable, None if usable else bad))
-    return after, lengths
-
-
-def token_lengths(pair: dict, tokenizer, max_length: int) -> tuple[int, int, int]:
-    """Tokens of prompt, chosen, rejected before any cut. Raises BadRow where nothing could be learnt from the pair."""
-    from dpo_utils.tokens import UnusablePair, tokenize_pair  # needs torch; a report without a tokenizer does not
-
-    try:
-        ids = tokenize_pair(pair, tokenizer, UNCUT)
-        lengths = len(ids["prompt_ids"]), len(ids["chosen_ids"]), len(ids["rejected_ids"])
-        if lengths[0] + max(lengths[1:]) > max_length:
-            tokenize_pair(pair, tokenizer, max_length)
-        return lengths
-    except UnusablePair as error:
-        reason = "end-of-text marker" if " inside the " in error.reason else error.reason
-        raise BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason) from None
-
-
-def note_repeats(kept: list[Outcome], noted: dict) -> None:
-    """All rows of a group whose pairs are the same after folding, and of one in which A > B meets B > A."""
-    groups = defaultdict(list)
-    for row, pairs, _ in kept:
-        for pair in pairs:
-            groups[tuple(fold(plain_text(pair[side])) for side in ("prompt", "chosen", "rejected"))].append(row.number)
-    for (prompt, chosen, rejected), numbers in groups.items():
-        if len(numbers) > 1:
-            noted["duplicate pair"].update(numbers)
-        if (prompt, rejected, chosen) in groups:
-            noted["conflicting pair"].update(numbers)
-
-
-def note_each(kept: list[Outcome], noted: dict, name: str, holds: Callable[[dict], bool]) -> None:
-    noted[name].update(row.number for row, pairs, _ in kept if any(map(holds, pairs)))
-
-
-def has_marker(pair: dict) -> bool:
-    return any(marker in plain_text(value) for value in pair.values() for marker in MARKERS)
-
-
-def shares_prompt(held_out, columns: dict | None) -> Callable[[dict], bool]:
-    source, rows = read_rows(held_out, bundled=PREFERENCES.bundled)
-    columns = columns if isinstance(held_out, str | Path) else None  # what is loaded already has our names
-    keys = {prompt_key(pair["prompt"]) for _, pairs, _ in parse(rows, PREFERENCES, columns, source) for pair in pairs}
-    return lambda pair: prompt_key(pair["prompt"]) in keys
-
-
-def has_ties(values: dict, columns: dict) -> bool:
-    """A ranked row that gave pairs, but fewer than its answers allow."""
-    responses, scores = (values.get(columns.get(name, name)) for name in ("responses", "scores"))
-    return isinstance(responses, list) and isinstance(scores, list) and len(set(scores)) < len(scores)
-
-
-# ---- lengths ----
-
-
-def character_lengths(pair: dict) -> tuple[int, int, int]:
-    return tuple(len(plain_text(pair[side])) for side in ("prompt", "chosen", "rejected"))
-
-
-def describe(lengths: np.ndarray) -> dict[str, dict[str, float]]:
-    """Statistics of each column of lengths (pairs, 3)."""
-    return {
-        side: {
-            "min": int(column.min()),
-            "median": float(np.median(column)),
-            "mean": round(int(column.sum()) / len(column), 2),
-            "p95": round(float(np.percentile(column, 95)), 2),
-            "max": int(column.max()),
-        }
-        for side, column in zip(("prompt", "chosen", "rejected"), lengths.T, strict=True)
+    source, rows = read_pairs(dataset, columns=columns)
+    own = columns if isinstance(held_out, str | Path) else None  # rows in memory have our names
+    others = [] if held_out is None else read_pairs(held_out, columns=own)[1]
+    asked = {prompt_key(pair["prompt"]) for row in others for pair in row.pairs}
+    limit, scores = max_length or UNCUT, (columns or {}).get("scores", "scores")
+    tokens = []
+    for row in rows if tokenizer is not None else ():
+        tokens += token_lengths(row, tokenizer, limit)
+    pairs = [(row, pair) for row in rows for pair in row.pairs]
+    texts = [[plain_text(pair[side]) for side in SIDES] for _, pair in pairs]
+    keys = [prompt_key(pair["prompt"]) for _, pair in pairs]
+    folded = [tuple(map(fold, text)) for text in texts]
+    times = Counter(folded)
+    holds = {  # finding -> whether it holds, pair by pair
+        "duplicate pair": [times[pair] > 1 for pair in folded],
+        "conflicting pair": [(prompt, no, yes) in times for prompt, yes, no in folded],
+        "prompt also held out": [key in asked for key in keys],
+        "end-of-text marker": [any(m in t for m in MARKERS for t in text) for text in texts],
+        "some scores tied": [has_ties(row.values.get(scores)) for row, _ in pairs],
+        "completion cut": [prompt + max(answers) > limit for prompt, *answers in tokens],
     }
+    noted = {
+        name: sorted({row.number for (row, _), is_so in zip(pairs, found, strict=False) if is_so})
+        for name, found in holds.items()
+    }
+    dropped = {name: [] for name in (*REASONS, *TOKEN_REASONS.values())}
+    for row in rows:
+        if not row.pairs:
+            dropped.setdefault(row.bad.reason, []).append(row.number)
+    given = {"tokenizer": tokenizer, "max_length": max_length, "held_out": held_out}
+    unchecked = [name for name, needs in NEEDS.items() if any(given[n] is None for n in needs)]
+    for name in unchecked:
+        (noted if name in noted else dropped).pop(name)
+    sizes = {"characters": [list(map(len, text)) for text in texts], "tokens": tokens}
+    tables = {unit: pandas.DataFrame(size, columns=SIDES) for unit, size in sizes.items() if size}
+    lengths, length_only = {}, {}
+    for unit, table in tables.items():
+        statistics = table.describe(percentiles=[0.5, 0.95]).round(2)
+        statistics = statistics.rename({"50%": "median", "95%": "p95"})
+        lengths[unit] = statistics.loc[["min", "median", "mean", "p95", "max"]].to_dict()
+        length_only[unit] = float((1 + np.sign(table.chosen - table.rejected)).mean() / 2)
+    counts = len(rows), len({id(row) for row, _ in pairs}), len(pairs), len(set(keys))
+    return AuditReport(source, *counts, dropped, noted, lengths, length_only, unchecked)
 
 
-def length_only(lengths: np.ndarray) -> float:
-    """Accuracy of "the longer answer is the chosen one"; a tie counts half."""
-    gap = lengths[:, 1] - lengths[:, 2]
-    return float(((gap > 0) + 0.5 * (gap == 0)).mean())
+def has_ties(scores: object) -> bool:
+    """Whether these are the scores of ranked answers, and some are the same."""
+    return isinstance(scores, list) and len(set(scores)) < len(scores)
 
 
-# ---- command line ----
+def token_lengths(row: Row, tokenizer, max_length: int) -> list[list[int]]:
+    """Tokens of each pair before any cut; takes pairs that cannot be trained on from the row."""
+    from dpo_utils.tokens import UnusablePair, tokenize_pair  # imports torch
+
+    lengths, pairs, row.pairs = [], row.pairs, []
+    for pair in pairs:
+        try:
+            ids = tokenize_pair(pair, tokenizer, UNCUT)
+            tokenize_pair(pair, tokenizer, max_length)
+        except UnusablePair as error:
+            reason = "end-of-text marker" if " inside the " in error.reason else error.reason
+            row.bad = BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason)
+            continue
+        row.pairs.append(pair)
+        lengths.append([len(ids[f"{side}_ids"]) for side in SIDES])
+    return lengths
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """`python -m dpo_utils.data audit FILE`: prints the report; 2 where the file cannot be read at all."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_utils.data")
-    commands = parser.add_subparsers(required=True)
-    command = commands.add_parser("audit", help="count what is wrong with a file of preference pairs")
-    command.add_argument("file", help="a .json .jsonl .csv or .parquet file, a bundled name or a hub id")
-    command.add_argument("--json", action="store_true", help="print the report as JSON")
-    command.add_argument("--held-out", metavar="FILE", help="pairs whose prompts must not be in FILE")
-    command.add_argument(
-        "--column",
-        action="append",
-        default=[],
-        type=column_name,
-        metavar="OURS=THEIRS",
-        help="the file's own name for a column, as in --column prompt=Question",
+    """Prints the report on a file; gives 2 where the file cannot be read."""
+    parser = argparse.ArgumentParser(prog="python -m dpo_utils.audit", description=__doc__)
+    parser.add_argument(
+        "file", help="a .json .jsonl .csv .parquet file, a bundled name or a hub id"
     )
-    command.add_argument("--tokenizer", help="a directory or hub id: also count what tokenising does")
-    command.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
-    options = parser.parse_args(arguments)
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    parser.add_argument("--held-out", help="a file whose prompts must not be in this one")
+    parser.add_argument("--tokenizer", help="a folder or hub id: also count what tokenising does")
+    parser.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
+    columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
+    parser.add_argument("--column", help="the file's own name, as in prompt=Question", **columns)
+    args = parser.parse_args(arguments)
+    tokenizer = None
+    if args.tokenizer:
+        from transformers import AutoTokenizer  # slow to import
+
+        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     try:
-        report = audit(
-            options.file,
-            load_tokenizer(options.tokenizer),
-            options.max_length,
-            options.held_out,
-            dict(options.column),
-        )
+        report = audit(args.file, tokenizer, args.max_length, args.held_out, dict(args.column))
     except PreferenceDataError as error:
         print(error, file=sys.stderr)
         return 2
-    print(json.dumps(report.to_dict(), indent=2) if options.json else report)
+    if args.json:
+        numbered = {
+            part: {name: {"count": len(rows), "rows": rows} for name, rows in found.items()}
+            for part, found in (("dropped", report.dropped), ("noted", report.noted))
+        }
+        report = json.dumps(asdict(report) | numbered, indent=2)
+    print(report)
     return 0
 
 
-def load_tokenizer(name: str | None):
-    if name is None:
-        return None
-    from transformers import AutoTokenizer
-
-    return AutoTokenizer.from_pretrained(name)
+if __name__ == "__main__":
+    raise SystemExit(main())

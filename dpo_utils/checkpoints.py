@@ -1,16 +1,18 @@
-"""Checkpoints that survive a kill: written aside, hashed, renamed; the newest whole one is found again.
+"""What a run leaves on disk, so that no work is lost and nothing stale is used.
 
-A checkpoint is a folder `checkpoints/step-000040` with the adapter (safetensors), the optimiser's state (read with
-`weights_only=True`), the history (JSON lines), and last a manifest with the size and SHA-256 of every file.
+A file is written aside, flushed and renamed, and carries a hash of all it says: a reader finds a
+whole file or none. Next to the tensors it holds a *key*, everything they depend on; under another
+key nothing is used again.
 """
 
 import contextlib
 import errno
 import hashlib
-import io
 import json
 import os
 import shutil
+import signal
+import threading
 import warnings
 from pathlib import Path
 
@@ -18,231 +20,188 @@ import safetensors.torch
 import torch
 from safetensors import SafetensorError, safe_open
 
-MANIFEST = "manifest.json"
-STEP = "step-??????"  # what a finished checkpoint is called; one being written or deleted ends in .tmp
+from dpo_utils import export
+
+STEP = "step-??????.safetensors"
+KEEP = 2  # checkpoints: the newest, and one to fall back on
 
 
 class SettingsChanged(ValueError):
-    """What is on disk was made with other settings, data or weights; the message prints the difference."""
-
-
-def differences(old: dict, new: dict) -> list[str]:
-    """One line for every entry of a key that is not the same in both."""
-    return [
-        f"{name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in sorted({*old, *new}) if old.get(name) != new.get(name)
-    ]
+    """What is on disk was made with other settings, data or weights; the message says which."""
 
 
 def require_same(old: dict, new: dict, where) -> None:
-    """Raise SettingsChanged if the keys differ."""
-    if changed := differences(old, new):
+    """Raise SettingsChanged if two keys differ."""
+    names = [name for name in sorted({*old, *new}) if old.get(name) != new.get(name)]
+    if names:
+        lines = (f"\n  {name}: was {old.get(name)!r}, is {new.get(name)!r}" for name in names)
         raise SettingsChanged(
-            f"{where} was made with other settings; pass fresh=True (or --fresh) to start over, or choose another "
-            "folder:" + "".join(f"\n  {line}" for line in changed)
+            f"{where} was made with other settings; pass fresh=True (or --fresh) to start over, or "
+            f"choose another folder:{''.join(lines)}"
         )
 
 
-# --- files ------------------------------------------------------------------------------------------------------------
-
-
-def digest(data: bytes) -> str:
-    """Hex SHA-256."""
-    return hashlib.sha256(data).hexdigest()
-
-
-def disk_full(where, needed: int, free: int) -> OSError:
-    """The error of a full disk, with the bytes needed and free."""
-    return OSError(
-        errno.ENOSPC,
-        f"disk full: {where} needs {needed:,} bytes, {free:,} are free. What was saved before is whole: make room and "
-        "run again to resume",
-    )
-
-
 @contextlib.contextmanager
-def full_disk_explained(folder: Path, needed: int):
-    """Turn "no space left" inside into an error that gives the bytes needed and free."""
+def disk_full_explained(folder: Path, needed: int):
+    """Turn "no space left" into an error with the bytes needed and free."""
     try:
         yield
     except OSError as problem:
         if problem.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise disk_full(folder, needed, shutil.disk_usage(folder).free) from problem
-
-
-def require_space(folder: Path, needed: int) -> None:
-    """Raise the error of a full disk before a library writes there that would report it in its own way."""
-    if (free := shutil.disk_usage(folder).free) < needed:
-        raise disk_full(folder, needed, free)
+        free = shutil.disk_usage(folder).free
+        sizes = f"{folder} needs {needed:,} bytes, {free:,} are free"
+        saved = "What was saved before is whole: make room and run again to resume"
+        raise OSError(errno.ENOSPC, f"disk full: {sizes}. {saved}") from problem
 
 
 def write_file(path: Path, data: bytes) -> None:
-    """Write aside, fsync, rename: a reader never sees half of it."""
+    """Write aside, flush to the disk, rename. Raises OSError with both numbers on a full disk."""
     aside = path.with_name(path.name + ".tmp")
-    with full_disk_explained(path.parent, len(data)), open(aside, "wb") as file:
-        file.write(data)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(aside, path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        with disk_full_explained(path.parent, len(data)), open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    finally:
+        aside.unlink(missing_ok=True)  # a full disk gets its space back
 
 
-def lines(rows: list[dict]) -> bytes:
-    """Rows as JSON lines."""
+def _lines(rows: list[dict]) -> bytes:
     return "".join(json.dumps(row) + "\n" for row in rows).encode()
 
 
-def append_row(path: Path, row: dict) -> None:
-    """One more JSON line; not fsynced, since resuming writes the file again from the checkpoint."""
-    data = lines([row])
-    with full_disk_explained(path.parent, len(data)), open(path, "ab") as file:
-        file.write(data)
+def read_history(folder) -> list[dict]:
+    """The rows of a run's history.jsonl."""
+    text = (Path(folder) / "history.jsonl").read_text(encoding="utf-8")
+    return [json.loads(line) for line in text.splitlines()]
 
 
-def _fsync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+def write_tensors(path: Path, tensors: dict, notes: dict) -> None:
+    """Tensors by name, notes as JSON and the hash of both in one safetensors file."""
+    tensors = {name: value.detach().cpu().contiguous() for name, value in tensors.items()}
+    text = json.dumps(notes)
+    head = {"notes": text, "sha256": digest(text, tensors)}
+    write_file(path, safetensors.torch.save(tensors, metadata=head))
 
 
-# --- checkpoints ------------------------------------------------------------------------------------------------------
-
-
-def save(folder: Path, step: int, weights: dict, optimizer_state: dict, history: list[dict], key: dict, keep: int = 2) -> Path:
-    """Write `folder/step-NNNNNN` and delete all but the newest `keep` checkpoints; returns the new folder.
-
-    weights: {name: tensor}. Raises FloatingPointError for weights that are not finite and OSError on a full disk; the
-    checkpoints before it stay whole either way.
-    """
-    if keep < 1:
-        raise ValueError(f"keep must be at least 1, found {keep}: a run without a checkpoint cannot be resumed")
-    if bad := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
-        raise FloatingPointError(f"step {step}: {bad[0]} is not finite, nothing was saved. Lower the learning rate.")
-    folder.mkdir(parents=True, exist_ok=True)
-    for leftover in folder.glob("*.tmp"):
-        shutil.rmtree(leftover)
-    final = folder / f"step-{step:06d}"
-    files = _contents(step, weights, optimizer_state, history, key)
-    aside = final.with_name(final.name + ".tmp")
-    with full_disk_explained(folder, sum(map(len, files.values()))):
-        _write(aside, files)
-    if final.exists():  # a broken one: a whole one would have been resumed from
-        shutil.rmtree(final)
-    os.replace(aside, final)
-    _fsync_folder(folder)
-    _delete_others(folder, final, keep)
-    return final
-
-
-def _contents(step, weights, optimizer_state, history, key) -> dict[str, bytes]:
-    """The files of a checkpoint in the order they are written, the manifest last."""
-    buffer = io.BytesIO()
-    torch.save(optimizer_state, buffer)
-    files = {
-        "adapter.safetensors": safetensors.torch.save({n: v.detach().cpu().contiguous() for n, v in weights.items()}),
-        "optimizer.pt": buffer.getvalue(),
-        "history.jsonl": lines(history),
-    }
-    hashes = {name: {"bytes": len(data), "sha256": digest(data)} for name, data in files.items()}
-    content = {"step": step, "key": key, "files": hashes}
-    return files | {MANIFEST: json.dumps({"sha256": _own_hash(content), **content}, indent=1).encode()}
-
-
-def _write(aside: Path, files: dict[str, bytes]) -> None:
-    try:
-        aside.mkdir()
-        for name, data in files.items():
-            write_file(aside / name, data)
-    except OSError:
-        shutil.rmtree(aside, ignore_errors=True)  # a full disk gets its space back
-        raise
-    _fsync_folder(aside)
-
-
-def _own_hash(content: dict) -> str:
-    return digest(json.dumps(content, sort_keys=True).encode())
-
-
-def _delete_others(folder: Path, newest_one: Path, keep: int) -> None:
-    """All but the newest `keep`; also those past the newest, which were passed over as broken."""
-    found = sorted(folder.glob(STEP))
-    whole_past = found[: found.index(newest_one) + 1]
-    for old in {*found} - {*whole_past[-keep:]}:
-        doomed = old.with_name(old.name + ".tmp")
-        os.replace(old, doomed)  # a kill while it is deleted must not leave half a checkpoint under its name
-        shutil.rmtree(doomed)
-
-
-def read_manifest(checkpoint: Path) -> dict:
-    """step, key and files of a checkpoint. Raises ValueError if it is not what was written."""
-    manifest = json.loads((checkpoint / MANIFEST).read_text())
-    content = {name: manifest[name] for name in ("step", "key", "files")}
-    if manifest["sha256"] != _own_hash(content) or checkpoint.name != f"step-{content['step']:06d}":
-        raise ValueError("hash or step differs")
-    return content
-
-
-def damage(checkpoint: Path) -> str | None:
-    """What is wrong with a checkpoint, naming the file; None if it is whole."""
-    try:
-        files = read_manifest(checkpoint)["files"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return f"{checkpoint / MANIFEST} is missing or not what was written"
-    for name, expected in files.items():
-        path = checkpoint / name
-        if not path.exists():
-            return f"{path} is missing"
-        if path.stat().st_size != expected["bytes"] or digest(path.read_bytes()) != expected["sha256"]:
-            return f"{path} is not what was written"
-    return None
-
-
-def newest(folder: Path) -> Path | None:
-    """The newest whole checkpoint; a broken one is passed over with a warning that names the file."""
-    for checkpoint in sorted(folder.glob(STEP), reverse=True):
-        problem = damage(checkpoint)
-        if problem is None:
-            return checkpoint
-        warnings.warn(f"checkpoint passed over: {problem}", stacklevel=2)
-    return None
-
-
-def load(checkpoint: Path):
-    """(key, weights, optimizer state, history) of a whole checkpoint."""
-    history = [json.loads(line) for line in (checkpoint / "history.jsonl").read_text().splitlines()]
-    optimizer_state = torch.load(checkpoint / "optimizer.pt", weights_only=True)
-    weights = safetensors.torch.load_file(checkpoint / "adapter.safetensors")
-    return read_manifest(checkpoint)["key"], weights, optimizer_state, history
-
-
-# --- one cached tensor ------------------------------------------------------------------------------------------------
-
-
-def save_cache(path: Path, tensor: torch.Tensor, key: dict) -> None:
-    """A tensor in one safetensors file, with its key and its hash inside."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    text = json.dumps(key)
-    notes = {"key": text, "sha256": _cache_hash(tensor, text)}
-    write_file(path, safetensors.torch.save({"values": tensor.contiguous()}, metadata=notes))
-
-
-def load_cache(path: Path, key: dict) -> torch.Tensor | None:
-    """The tensor, or None if there is none or, with a warning, a broken one. Raises SettingsChanged for another key."""
+def read_tensors(path: Path) -> tuple[dict, dict] | None:
+    """(tensors, notes) of a file, or None: there is none or, with a warning, it is damaged."""
     if not path.exists():
         return None
     try:
         with safe_open(path, "pt") as file:
-            notes, tensor = file.metadata(), file.get_tensor("values")
-        old_key, whole = json.loads(notes["key"]), notes["sha256"] == _cache_hash(tensor, notes["key"])
-    except (SafetensorError, ValueError, KeyError, TypeError):
-        whole = False
-    if not whole:
-        warnings.warn(f"{path} is not what was written: computed again", stacklevel=2)
-        return None
-    require_same(old_key, key, path)
-    return tensor
+            head, tensors = file.metadata(), {name: file.get_tensor(name) for name in file.keys()}
+        if head["sha256"] == digest(head["notes"], tensors):
+            return tensors, json.loads(head["notes"])
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+        pass  # named below
+    warnings.warn(f"{path} is not what was written: passed over", stacklevel=2)
+    return None
 
 
-def _cache_hash(tensor: torch.Tensor, key: str) -> str:
-    return digest(tensor.contiguous().flatten().view(torch.uint8).numpy().tobytes() + key.encode())
+def digest(*parts) -> str:
+    """Hex SHA-256 of texts, of JSON, and of the names, shapes and bytes of tensors."""
+    total = hashlib.sha256()
+    for part in parts:
+        tensors = isinstance(part, dict) and all(map(torch.is_tensor, part.values()))
+        total.update(b"" if tensors else json.dumps(part, sort_keys=True).encode())
+        for name, value in sorted(part.items()) if tensors else ():
+            total.update(f"{name} {value.dtype} {list(value.shape)}".encode())
+            value = value.detach().cpu().contiguous().flatten()
+            total.update(value.view(torch.uint8).numpy())
+    return total.hexdigest()[:16]
+
+
+class RunFolder:
+    """Where a run keeps its history, checkpoints and adapter; without a path it keeps nothing.
+
+    The same settings resume, others are refused, and only the main process writes.
+    """
+
+    def __init__(self, run, path, key: dict):
+        self.run, self.path, self.key = run, Path(path) if path else None, key
+        self.writes = self.path is not None and run.accelerator.is_main_process
+        self.weights = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+
+    def open(self, fresh: bool) -> None:
+        """Load the newest whole checkpoint into model, optimizer and history; fresh deletes it."""
+        run = self.run
+        if fresh and self.writes:  # what a run wrote, and nothing else that may be in its folder
+            for name in ("checkpoints", "adapter"):
+                shutil.rmtree(self.path / name, ignore_errors=True)
+        run.accelerator.wait_for_everyone()
+        found = sorted((self.path / "checkpoints").glob(STEP), reverse=True) if self.path else []
+        if loaded := next(filter(None, map(read_tensors, found)), None):
+            tensors, notes = loaded
+            require_same(notes["key"], self.key, self.path)
+            run.history = notes["history"]
+            with torch.no_grad():
+                for name, weight in self.weights.items():
+                    weight.copy_(tensors.pop(name))
+            states = {}
+            for name, value in tensors.items():
+                number, moment = name.split()
+                states.setdefault(int(number), {})[moment] = value
+            run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": states})
+        if self.path:
+            finished = "this run is finished, its adapter is loaded (fresh=True trains again)"
+            done = len(run.history)
+            status = finished if done == run.profile.steps else f"{done} steps are done"
+            run.accelerator.print(f"{self.path.name}: {status}")
+        if self.writes:
+            write_file(self.path / "history.jsonl", _lines(run.history))
+
+    def append(self, row: dict) -> None:
+        """One more row of history.jsonl, not flushed: resuming writes the file again."""
+        if self.writes:
+            path = self.path / "history.jsonl"
+            with disk_full_explained(self.path, 4096), path.open("ab") as file:
+                file.write(_lines([row]))
+
+    def save(self) -> None:
+        """A checkpoint after the last step; older ones than the newest `KEEP` are deleted.
+
+        Raises FloatingPointError for weights that are not finite; the others stay whole.
+        """
+        step, weights = len(self.run.history), self.weights
+        if not self.writes:
+            return
+        if bad := [name for name, value in weights.items() if not torch.isfinite(value).all()]:
+            said = f"step {step}: {bad[0]} is not finite, nothing was saved"
+            raise FloatingPointError(f"{said}. Lower the learning rate.")
+        states = self.run.optimizer.state_dict()["state"]
+        moments = {f"{i} {name}": x for i, state in states.items() for name, x in state.items()}
+        path = self.path / "checkpoints" / f"step-{step:06d}.safetensors"
+        write_tensors(path, weights | moments, {"key": self.key, "history": self.run.history})
+        found = sorted(path.parent.glob(STEP))
+        whole = found[: found.index(path) + 1]  # what comes after it was passed over as damaged
+        for old in {*found} - {*whole[-KEEP:]}:
+            old.unlink()
+
+    def close(self) -> None:
+        """The adapter in PEFT's format, in adapter/: the same adapter gives the same bytes."""
+        if self.writes:
+            export.save_adapter(self.run.model, self.path / "adapter")
+        self.run.accelerator.wait_for_everyone()
+
+
+@contextlib.contextmanager
+def stop_signals():
+    """A list of the SIGTERM and SIGINT that came, to stop after the step; the second stops at once."""
+    caught = []
+
+    def note(number, _frame):
+        if caught:
+            raise KeyboardInterrupt("stopped at once, without a checkpoint of the running step")
+        caught.append(signal.Signals(number).name)
+
+    in_main = threading.current_thread() is threading.main_thread()  # only it may catch them
+    old = {n: signal.signal(n, note) for n in (signal.SIGTERM, signal.SIGINT) if in_main}
+    try:
+        yield caught
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,177 +1,175 @@
-"""Is it better, and by how much? Samples, accuracies, intervals, and the baselines that stand beside them."""
-
-import random
+"""Is the model better, by how much, how far did it move, and are its margins probabilities?"""
 
 import numpy as np
 import torch
+from scipy.special import expit
+from scipy.stats import sem
+from sklearn.feature_extraction.text import CountVectorizer
+from sklearn.linear_model import LogisticRegression
 
 from dpo_utils import world
 from dpo_utils.data import plain_text
-from dpo_utils.logps import all_logps
+from dpo_utils.logps import all_logps, options_for
 from dpo_utils.models import as_reference
-from dpo_utils.tokens import as_item, encode_completion, encode_prompt, tokenize_all
-from dpo_utils.train import options_for
+from dpo_utils.tokens import as_item, collate_rows, encode_completion, encode_prompt, tokenize_all
 
 
-def bootstrap(values, statistic=np.mean, resamples: int = 2000, level: float = 0.95, seed: int = 0, groups=None):
-    """(estimate, low, high): a statistic of the values with its percentile bootstrap interval.
+def bootstrap(values, statistic=np.mean, resamples: int = 2000, seed: int = 0, groups=None):
+    """(estimate, low, high): a statistic of the values and its 95 % percentile bootstrap interval.
 
-    values: (n,) or (n, k), resampled by rows. groups: (n,), for instance the prompts: rows of one group are alike, so
-    they are drawn together. Raises ValueError for no values.
+    values: (n,) or (n, k), resampled by rows. groups: (n,), for instance the prompts; rows of one
+    group are alike, so they are drawn together. Raises ValueError for no values.
     """
-    values = np.asarray(values, dtype=float)
+    values, rows, rng = np.asarray(values, dtype=float), {}, np.random.default_rng(seed)
     if len(values) == 0:
-        raise ValueError("an interval of nothing: there are no values")
-    rng = np.random.default_rng(seed)
-    members = _members(groups) if groups is not None else None
-    count = len(values if members is None else members)
-
-    def draw():
-        chosen = rng.integers(0, count, count)
-        return np.concatenate([members[g] for g in chosen]) if members is not None else chosen
-
-    draws = [statistic(values[draw()]) for _ in range(resamples)]
-    low, high = np.quantile(draws, [(1 - level) / 2, (1 + level) / 2])
-    return float(statistic(values)), float(low), float(high)
-
-
-def _members(groups) -> list[np.ndarray]:
-    """The row numbers of each group, groups in the order in which they appear."""
-    rows = {}
-    for i, group in enumerate(groups):
-        rows.setdefault(str(group), []).append(i)
-    return [np.array(numbers) for numbers in rows.values()]
+        raise ValueError("an interval needs at least one value: there are no values")
+    for row, group in enumerate(range(len(values)) if groups is None else groups):
+        rows.setdefault(str(group), []).append(row)
+    rows, draws = list(rows.values()), rng.integers(0, len(rows), (resamples, len(rows)))
+    found = [statistic(values[[row for g in draw for row in rows[g]]]) for draw in draws]
+    return float(statistic(values)), *map(float, np.quantile(found, [0.025, 0.975]))
 
 
 def wins(first, second) -> np.ndarray:
     """1 where first > second, 0 where it is less, a half for ties."""
-    first, second = np.asarray(first, dtype=float), np.asarray(second, dtype=float)
-    return (first > second) + 0.5 * (first == second)
+    return np.greater(first, second) + 0.5 * np.equal(first, second)
 
 
 def preference_table(model, tokenizer, pairs, profile) -> dict[str, np.ndarray]:
-    """Per usable pair, (n,) each: log-probs and lengths of both sides under policy and reference, and the margin.
+    """Log-probs in nats, rewards (beta times log-ratios), lengths of the usable pairs, (n,) each.
 
-    policy_chosen, policy_rejected, ref_chosen, ref_rejected (nats, summed), chosen_tokens, rejected_tokens,
-    chosen_rewards, rejected_rewards, margins (beta times log-ratios), row (1-based row in `pairs`).
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_rewards, rejected_rewards,
+    margins, chosen_tokens, rejected_tokens, and row, the 1-based row in `pairs`.
     """
     rows, _ = tokenize_all(pairs, tokenizer, profile.max_length)
     items, options = [as_item(row) for row in rows], options_for(profile, tokenizer)
-    policy = all_logps(model, items, **options).double().numpy()
+    policy = all_logps(model, items, **options).double().numpy()  # (n, 2)
     with as_reference(model):
-        reference = all_logps(model, items, **options).double().numpy()
-    rewards = profile.beta * (policy - reference)
-    return {
-        "policy_chosen": policy[:, 0],
-        "policy_rejected": policy[:, 1],
-        "ref_chosen": reference[:, 0],
-        "ref_rejected": reference[:, 1],
-        "chosen_tokens": np.array([len(row["chosen_ids"]) for row in rows]),
-        "rejected_tokens": np.array([len(row["rejected_ids"]) for row in rows]),
-        "chosen_rewards": rewards[:, 0],
-        "rejected_rewards": rewards[:, 1],
-        "margins": rewards[:, 0] - rewards[:, 1],
-        "row": np.array([row["row"] for row in rows]),
-    }
+        ref = all_logps(model, items, **options).double().numpy()
+    table = {"row": np.array([row["row"] for row in rows])}
+    for i, side in enumerate(("chosen", "rejected")):
+        table[f"policy_{side}"], table[f"ref_{side}"] = policy[:, i], ref[:, i]
+        table[f"{side}_rewards"] = profile.beta * (policy - ref)[:, i]
+        table[f"{side}_tokens"] = np.array([len(row[f"{side}_ids"]) for row in rows])
+    return table | {"margins": table["chosen_rewards"] - table["rejected_rewards"]}
 
 
 def surface_baselines(train, held_out, seed: int = 0) -> dict[str, np.ndarray]:
-    """What can be had without a model: per held-out pair, 1 where the baseline picks the chosen answer, ties a half.
+    """What needs no model: per held-out pair 1 if the chosen answer is picked, a half for ties.
 
-    length: the longer or the shorter answer, whichever the training pairs prefer. bag of words: logistic regression
-    on the answers alone (scikit-learn's CountVectorizer), fitted on the training pairs, blind to the question.
+    length: the longer or the shorter answer, whichever the training pairs prefer. bag of words:
+    logistic regression on the answers alone, fitted on the training pairs, blind to the question.
     """
-    from sklearn.feature_extraction.text import CountVectorizer
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-
-    def sides(pairs):
-        return [plain_text(row["chosen"]) for row in pairs], [plain_text(row["rejected"]) for row in pairs]
-
-    chosen, rejected = sides(train)
-    longer = np.mean(wins([len(t) for t in chosen], [len(t) for t in rejected])) >= 0.5
-    words = make_pipeline(CountVectorizer(), LogisticRegression(max_iter=1000, random_state=seed))
-    words.fit(chosen + rejected, [1] * len(chosen) + [0] * len(rejected))
-    test_chosen, test_rejected = sides(held_out)
-    by_length = wins([len(t) for t in test_chosen], [len(t) for t in test_rejected])
+    sides = [(pairs, side) for pairs in (train, held_out) for side in ("chosen", "rejected")]
+    texts = ([plain_text(row[side]) for row in pairs] for pairs, side in sides)
+    chosen, rejected, *held_out = texts
+    counts, lengths = CountVectorizer(), np.vectorize(len)
+    words = LogisticRegression(max_iter=1000, random_state=seed)
+    words.fit(counts.fit_transform(chosen + rejected), np.repeat([1, 0], len(chosen)))
+    sign = 1 if wins(lengths(chosen), lengths(rejected)).mean() >= 0.5 else -1
     return {
-        "length": by_length if longer else 1 - by_length,
-        "bag of words": wins(words.decision_function(test_chosen), words.decision_function(test_rejected)),
+        "length": wins(*(sign * lengths(side) for side in held_out)),
+        "bag of words": wins(*(words.decision_function(counts.transform(s)) for s in held_out)),
     }
 
 
-@torch.no_grad()
-def sample(model, tokenizer, prompts, *, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256) -> list[list[str]]:
-    """n answers to every prompt, drawn at a temperature (0: greedy), as a list of n texts a prompt. Seeded."""
-    drawn = sample_ids(model, tokenizer, prompts, n, temperature, max_new_tokens, seed, batch)
+def sample(model, tokenizer, prompts, *, n: int = 1, **options) -> list[list[str]]:
+    """n answers to every prompt, as a list of n texts per prompt. Options: `sample_ids`."""
+    drawn = sample_ids(model, tokenizer, prompts, n, **options)
     texts = [tokenizer.decode(answer, skip_special_tokens=True).strip() for _, answer in drawn]
     return [texts[i : i + n] for i in range(0, len(texts), n)]
 
 
 @torch.no_grad()
-def sample_ids(model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256) -> list[tuple]:
-    """The same answers as (prompt ids, answer ids), n a prompt in a row; the final EOS is part of the answer."""
-    was_training = model.training
+def sample_ids(model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=48, seed=0):
+    """Seeded answers as (prompt ids, answer ids), n in a row per prompt; temperature 0 is greedy.
+
+    An answer ends with its EOS, or without one where it was cut.
+    """
+    prompts = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(n)]
+    eos, was_training, answers = tokenizer.eos_token_id, model.training, []
+    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
+    how |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
+    how |= {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     model.eval()
     torch.manual_seed(seed)
-    ids = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(n)]
-    answers = []
-    for start in range(0, len(ids), batch):
-        answers += _generate(model, tokenizer, ids[start : start + batch], temperature, max_new_tokens)
+    for start in range(0, len(prompts), 256):
+        rows = {"input_ids": prompts[start : start + 256]}
+        rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
+        answers += model.generate(**rows, **how)[:, rows["input_ids"].shape[1] :].tolist()
     model.train(was_training)
-    return list(zip(ids, answers, strict=True))
+    answers = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
+    return list(zip(prompts, answers, strict=True))
 
 
-def _generate(model, tokenizer, prompts, temperature, max_new_tokens) -> list[list[int]]:
-    longest, eos = max(map(len, prompts)), tokenizer.eos_token_id
-    pad = tokenizer.pad_token_id
-    ids = torch.tensor([[pad] * (longest - len(p)) + p for p in prompts], device=model.device)
-    seen = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts], device=model.device)
-    how = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {"do_sample": False}
-    out = model.generate(
-        input_ids=ids, attention_mask=seen, max_new_tokens=max_new_tokens, pad_token_id=pad, eos_token_id=eos,
-        use_cache=True, **how,
-    )  # fmt: skip
-    answers = [row[longest:].tolist() for row in out]
-    return [row[: row.index(eos) + 1] if eos in row else row for row in answers]
-
-
-def world_scores(model, tokenizer, profile, *, questions=None, n=4, seeds=(0, 1, 2), temperature=1.0) -> dict[str, np.ndarray]:
-    """Sampled answers to the tiny world's held-out questions, judged by the known reward.
-
-    true, fluent, careful: (questions, n * seeds) of 0 and 1; texts: the same shape.
+def world_scores(model, tokenizer, profile, *, n=4, seeds=(0, 1, 2), temperature=1.0) -> dict:
+    """true, fluent, careful, (questions, n * seeds) of 0 and 1: sampled answers to the tiny world's
+    held-out questions, judged by its table of facts.
     """
-    questions = questions or [fact.question for fact in world.facts("test")]
-    texts = [[] for _ in questions]
-    for seed in seeds:
-        drawn = sample(model, tokenizer, questions, n=n, temperature=temperature, max_new_tokens=profile.max_new_tokens, seed=seed)
-        for all_answers, answers in zip(texts, drawn, strict=True):
-            all_answers += answers
-    readings = [[world.read(q, t) for t in answers] for q, answers in zip(questions, texts, strict=True)]
-    out = {name: np.array([[float(getattr(r, name)) for r in row] for row in readings]) for name in ("true", "fluent")}
-    out["careful"] = np.array([[float(r.voice == world.CAREFUL) for r in row] for row in readings])
-    return out | {"texts": np.array(texts, dtype=object)}
+    questions = [fact.question for fact in world.facts("test")]
+    options = {"n": n, "temperature": temperature, "max_new_tokens": profile.max_new_tokens}
+    drawn = [sample(model, tokenizer, questions, seed=seed, **options) for seed in seeds]
+    answers = zip(questions, np.concatenate(drawn, axis=1), strict=True)
+    read = [[world.read(question, text) for text in texts] for question, texts in answers]
+    judged = [[(r.true, r.fluent, r.voice == world.CAREFUL) for r in row] for row in read]
+    return dict(zip(("true", "fluent", "careful"), np.moveaxis(judged, 2, 0) * 1.0, strict=True))
 
 
-def true_probability(model, tokenizer, profile, questions=None) -> np.ndarray:
-    """(questions,): the probability that an answer drawn at temperature 1 is fluent and true, without drawing any.
+def true_probability(model, tokenizer, profile, questions) -> np.ndarray:
+    """(questions,): the probability of a fluent and true answer at temperature 1.
 
-    The true sentences of a question can be listed (voices, openers, tails), so their probabilities are added up. Other
-    ways to cut the same text into tokens are left out, which makes it a lower bound, tight in practice.
+    The true sentences can be listed, and are summed over with one way to cut each into tokens: a
+    lower bound, tight in practice.
     """
-    questions = questions or [fact.question for fact in world.facts("test")]
-    items = [
-        (encode_prompt(q, tokenizer), [encode_completion(text, tokenizer) for text in world.true_answers(q)]) for q in questions
-    ]
-    return all_logps(model, items, **options_for(profile, tokenizer)).double().exp().sum(1).numpy()
+    answers = [[encode_completion(a, tokenizer) for a in world.true_answers(q)] for q in questions]
+    items = [(encode_prompt(q, tokenizer), a) for q, a in zip(questions, answers, strict=True)]
+    logps = all_logps(model, items, **options_for(profile, tokenizer))  # (questions, answers)
+    return logps.double().exp().sum(1).numpy()
 
 
-def shuffled(pairs, seed: int = 0) -> list[dict]:
-    """The pairs with every label tossed by a coin: a control from which nothing can be learnt."""
-    coin = random.Random(seed)
-    return [swap(row) if coin.random() < 0.5 else dict(row) for row in pairs]
+@torch.no_grad()
+def sampled_kl(model, tokenizer, answers, batch: int = 16) -> dict[str, np.ndarray]:
+    """Three unbiased estimates of KL(policy || reference) in nats, (answers,) each, and `tokens`.
+
+    answers: of `sample_ids` at temperature 1 with the same policy, never those of a data set. With
+    d = log pi(token) - log ref(token), `k1` sums d, which is noisy; `k3` sums e^-d - 1 + d, which
+    is never negative (Schulman 2020, "Approximating KL divergence"); `full` sums the KL of whole
+    next-token distributions. tokens: the lengths of the answers.
+    """
+    estimates = []
+    for start in range(0, len(answers), batch):
+        rows = collate_rows(answers[start : start + batch], tokenizer.pad_token_id)
+        rows = {name: x.to(model.device) for name, x in rows.items()}
+        scored, labels = rows.pop("completion_mask")[:, 1:], rows["input_ids"][:, 1:, None]
+        policy = model(**rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        with as_reference(model):
+            ref = model(**rows, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+        d = (policy - ref).gather(-1, labels)[..., 0]  # (N, T-1)
+        k = torch.stack([d, torch.expm1(-d) + d, (policy.exp() * (policy - ref)).sum(-1)])
+        estimates.append((k * scored).sum(-1).double().cpu())  # (3, N)
+    k1, k3, full = torch.cat(estimates, 1).numpy()
+    return {"k1": k1, "k3": k3, "full": full, "tokens": np.array([len(a) for _, a in answers])}
 
 
-def swap(row) -> dict:
-    """The pair with its label flipped."""
-    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
+def mean_and_error(values) -> tuple[float, float]:
+    """(mean, standard error of the mean); the error of a single value, which is unknown, is 0."""
+    return float(np.mean(values)), float(sem(values)) if len(values) > 1 else 0.0
+
+
+def calibration(margins, bins: int = 8) -> dict:
+    """Is sigma(margin) a calibrated probability that the chosen answer is the preferred one?
+
+    A pair is seen from the side the model favours: confidence sigma(|m|), right where that side
+    was chosen, a tie half right. Gives brier, the mean of (1 - sigma(m))^2 (0.25 by chance);
+    confidence and accuracy of bins of equally many pairs; ece, the mean distance of the two.
+    """
+    margins = np.asarray(margins, dtype=float)
+    if len(margins) == 0:
+        raise ValueError("calibration needs at least one pair: there are no margins")
+    levels, level = np.unique(expit(np.abs(margins)), return_inverse=True)
+    right = np.bincount(level, wins(margins, 0)) / np.bincount(level)  # equally sure pairs share it
+    parts = np.array_split(np.sort(level), min(bins, len(margins)))
+    confidence, accuracy = (np.array([x[p].mean() for p in parts]) for x in (levels, right))
+    ece = np.average(np.abs(confidence - accuracy), weights=[len(part) for part in parts])
+    scores = {"brier": float(np.mean(expit(-margins) ** 2)), "ece": float(ece)}
+    return scores | {"confidence": confidence, "accuracy": accuracy}

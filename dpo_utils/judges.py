@@ -1,166 +1,201 @@
-"""Which of two answers is better? Any judge that is asked fairly: blind, in both orders, with disagreement a tie.
+"""Which of two answers is better? Asked blind and in both orders; a contradiction is a tie.
 
-A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"` on texts. It never learns which model wrote which
-answer; `compare` asks it twice, with the answers swapped, so that a taste for the first place cancels out.
+A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"`; it never learns who wrote what.
 """
 
-import http.client
 import json
 import os
+import random
 import re
 import time
-import urllib.error
-import urllib.request
-from collections.abc import Callable
+from pathlib import Path
 
+import httpx
+import ipywidgets
 import numpy as np
+import torch
 
+from dpo_utils.checkpoints import write_file
+from dpo_utils.data import fold, load_preferences
 from dpo_utils.evaluate import bootstrap
-from dpo_utils.logps import all_logps
+from dpo_utils.exercises.widgets import live
+from dpo_utils.logps import plain_logps
 from dpo_utils.tokens import encode_completion, encode_prompt
 
-VERDICTS = ("A", "B", "tie")
+SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}
+PAUSES = (0, 1, 2, 4)  # seconds before each try of an endpoint
 ASK = (
-    "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\n"
-    "Which answer is better: more truthful, more helpful, better written? Reply with one letter, A or B{tie}."
+    "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better: more "
+    "truthful, more helpful, better written? Reply with one letter, A or B{tie}."
 )
-SWAPPED = {"A": "B", "B": "A", "tie": "tie"}
 
 
 class JudgeError(RuntimeError):
-    """A judge that did not judge: what was asked, what came back, what to do."""
+    """A judge that gave no verdict: what was asked, what came back, what to do."""
 
 
-def compare(judge: Callable, prompts, first, second) -> list[dict]:
-    """Put every pair of answers to the judge in both orders; one row a prompt.
+def compare(judge, prompts, first, second) -> list[dict]:
+    """Ask about every pair of answers (lists of texts) in both orders; gives a row for each prompt.
 
-    prompts, first, second: lists of texts. Row: `score` of the first answer (1 won, 0 lost, 0.5 tie), `agreed` (both
-    orders gave the same answer the prize, or both a tie), `length` (characters of first minus second). Equal answers
-    are a tie and are not put to the judge. Raises JudgeError for a verdict that is not "A", "B" or "tie".
+    Row: `score` of the first answer (1 won, 0 lost, 0.5 tie), `agreed` (both orders gave the same
+    winner), `length` (characters of first minus second). Equal answers are a tie, without asking.
     """
     rows = []
     for prompt, one, two in zip(prompts, first, second, strict=True):
-        if one == two:
-            verdicts = ("tie", "tie")
-        else:
-            verdicts = (_ask(judge, prompt, one, two), SWAPPED[_ask(judge, prompt, two, one)])
-        agreed = verdicts[0] == verdicts[1]
-        score = {"A": 1.0, "B": 0.0, "tie": 0.5}[verdicts[0]] if agreed else 0.5
-        rows.append({"prompt": prompt, "score": score, "agreed": agreed, "length": len(one) - len(two)})
+        orders = [] if one == two else [(one, two), (two, one)]
+        verdicts = [judge(prompt, *order) for order in orders] or ["tie", "tie"]
+        if not set(verdicts) <= set(SCORES):
+            said = f"the judge said {verdicts} to {prompt[:60]!r}"
+            raise JudgeError(f"{said}: a judge returns one of {', '.join(SCORES)}")
+        won, lost = map(SCORES.get, verdicts)
+        row = {"score": won if won + lost == 1 else 0.5, "agreed": won + lost == 1}
+        rows.append({"prompt": prompt, **row, "length": len(one) - len(two)})
     return rows
 
 
-def _ask(judge, prompt, a, b) -> str:
-    verdict = judge(prompt, a, b)
-    if verdict not in VERDICTS:
-        raise JudgeError(f"the judge said {verdict!r} to {prompt[:60]!r}: a judge returns one of {', '.join(VERDICTS)}")
-    return verdict
-
-
 def win_rate(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
-    """Share won by the first answers, ties half, with a 95 % bootstrap interval: in all, and by length bucket.
+    """Share won by the first answers, ties half, with a 95 % bootstrap interval; also by length.
 
-    Buckets: first shorter or longer than the second by more than a tenth of the median length difference, or about as
-    long. An empty bucket is left out. `agreed`: how often the judge stood by its verdict when the answers were swapped.
+    "about as long": within a tenth of the median difference. `agreed`: the share of rows that did.
+    Raises ValueError for no rows.
     """
-    if not rows:
-        raise ValueError("no comparisons: nothing was judged")
-    lengths = np.array([row["length"] for row in rows])
-    slack = 0.1 * np.median(np.abs(lengths))
-    buckets = {
-        "all": np.ones(len(rows), dtype=bool),
-        "shorter": lengths < -slack,
-        "about as long": np.abs(lengths) <= slack,
-        "longer": lengths > slack,
-    }
-    scores = np.array([row["score"] for row in rows])
-    out = {name: bootstrap(scores[chosen]) for name, chosen in buckets.items() if chosen.any()}
-    return out | {"agreed": bootstrap([row["agreed"] for row in rows])}
+    score, agreed, length = np.array(
+        [[r[k] for k in ("score", "agreed", "length")] for r in rows]
+    ).T
+    slack = 0.1 * np.median(np.abs(length))
+    buckets = {"all": length == length, "shorter": length < -slack}
+    buckets |= {"about as long": np.abs(length) <= slack, "longer": length > slack}
+    rates = {name: bootstrap(score[bucket]) for name, bucket in buckets.items() if bucket.any()}
+    return rates | {"agreed": bootstrap(agreed)}
 
 
-# --- ready judges -----------------------------------------------------------------------------------------------------
-
-
-def reward_judge(reward: Callable) -> Callable:
+def reward_judge(reward):
     """A judge that knows the reward: `reward(prompt, answer) -> float`; equal rewards are a tie."""
-
-    def judge(prompt, a, b):
-        gap = reward(prompt, a) - reward(prompt, b)
-        return "tie" if gap == 0 else "A" if gap > 0 else "B"
-
-    return judge
+    return lambda prompt, a, b: _larger(reward(prompt, a), reward(prompt, b))
 
 
-def logprob_judge(model, tokenizer, tie: float = 0.0) -> Callable:
-    """A local model as the judge: it is shown both answers and names the one whose letter it finds more probable.
+def logprob_judge(model, tokenizer):
+    """A local model that names the answer whose letter it finds more probable."""
 
-    tie: a difference of log-probs, in nats, up to which it is a tie. A small model mostly likes a letter, not an
-    answer: `compare` shows it in `agreed`.
-    """
-
+    @torch.no_grad()
     def judge(prompt, a, b):
         question = encode_prompt(ASK.format(prompt=prompt, a=a, b=b, tie=""), tokenizer)
-        letters = [encode_completion(letter, tokenizer)[:1] for letter in ("A", "B")]
-        options = {"pad_id": tokenizer.pad_token_id, "micro_tokens": 1, "row_tokens": 1}
-        one, two = all_logps(model, [(question, letters)], **options)[0].tolist()
-        return "tie" if abs(one - two) <= tie else "A" if one > two else "B"
+        letters = [encode_completion(letter, tokenizer)[:1] for letter in "AB"]
+        return _larger(*plain_logps(model, [(question, letters)], tokenizer.pad_token_id).tolist())
 
     return judge
 
 
-def http_judge(
-    url: str, model: str, *, key_variable: str = "OPENAI_API_KEY", timeout: float = 30.0, retries: int = 3, pause: float = 1.0
-) -> Callable:
-    """A judge behind an OpenAI-compatible endpoint; `url` ends in /v1 or the like, `/chat/completions` is added.
+def _larger(a: float, b: float) -> str:
+    return "tie" if a == b else "A" if a > b else "B"
 
-    The key is read from the environment when a question is asked and appears nowhere else. Time-outs, broken
-    connections, statuses 429 and 5xx, and replies that cannot be read are tried again `retries` times, with a pause
-    that doubles. A refusal, or an answer that names no letter or both, is a tie. Raises JudgeError where all tries failed,
-    the server said no (4xx) or pointed elsewhere (3xx; the key does not follow), or the key cannot be sent.
+
+def http_judge(url, model, *, timeout=30.0):
+    """A judge behind an OpenAI-compatible endpoint; `url` ends in /v1 or the like.
+
+    OPENAI_API_KEY is read for every question and appears nowhere else. Time-outs, broken
+    connections, status 429 or 5xx and unreadable replies are tried again, with a pause that
+    doubles. Raises JudgeError after the last try and, at once, for other statuses, redirects too.
     """
 
     def judge(prompt, a, b):
-        question = ASK.format(prompt=prompt, a=a, b=b, tie=", or tie")
-        problem = None
-        for attempt in range(retries + 1):
-            if attempt:
-                time.sleep(pause * 2 ** (attempt - 1))
+        key = os.environ.get("OPENAI_API_KEY", "").strip()
+        if not (key.isascii() and key.isprintable()):  # httpx would quote it in its own error
+            raise JudgeError(
+                "OPENAI_API_KEY holds characters that no header can carry: set it anew"
+            )
+        question = {"role": "user", "content": ASK.format(prompt=prompt, a=a, b=b, tie=", or tie")}
+        body = {"model": model, "temperature": 0, "max_tokens": 8, "messages": [question]}
+        request = {"json": body, "headers": {"Authorization": f"Bearer {key}"} if key else {}}
+        for pause in PAUSES:
+            time.sleep(pause)
             try:
-                return _verdict(_post(url, model, question, key_variable, timeout))
-            except urllib.error.HTTPError as failure:
-                problem = f"status {failure.code}"
-                if failure.code != 429 and failure.code < 500:
-                    remedy = f"check the address, the model's name and {key_variable}"
-                    raise JudgeError(f"the judge at {url} refused with {problem}: {remedy}") from None
-            except (OSError, http.client.HTTPException, ValueError, LookupError, TypeError, AttributeError) as failure:
-                problem = f"{type(failure).__name__}: {failure}"
-        tries = f"{retries + 1} tries (last: {problem})"
-        raise JudgeError(f"the judge at {url} gave nothing usable in {tries}: is it running? Raise timeout or retries.")
+                reply = httpx.post(
+                    f"{url.rstrip('/')}/chat/completions", timeout=timeout, **request
+                )
+                if 300 <= (status := reply.status_code) < 500 and status != 429:
+                    remedy = "check the address, the model's name and OPENAI_API_KEY"
+                    raise JudgeError(f"the judge at {url} refused with status {status}: {remedy}")
+                return _verdict(reply.raise_for_status().json()["choices"][0]["message"])
+            except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as failure:
+                problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
+        tried = f"gave nothing usable in {len(PAUSES)} tries (last: {problem})"
+        raise JudgeError(f"the judge at {url} {tried}: is it running? Raise timeout.")
 
     return judge
-
-
-def _post(url, model, question, key_variable, timeout) -> dict:
-    body = {"model": model, "messages": [{"role": "user", "content": question}], "temperature": 0, "max_tokens": 8}
-    headers = {"Content-Type": "application/json"}
-    if key := os.environ.get(key_variable, "").strip():
-        if not (key.isascii() and key.isprintable()):  # the library's own message would quote it
-            raise JudgeError(f"{key_variable} holds no key: there is a line break or a letter in it that no header can carry")
-        headers["Authorization"] = f"Bearer {key}"
-    request = urllib.request.Request(f"{url.rstrip('/')}/chat/completions", json.dumps(body).encode(), headers)
-    with urllib.request.build_opener(_StayHere).open(request, timeout=timeout) as reply:
-        return json.loads(reply.read())["choices"][0]["message"]
-
-
-class _StayHere(urllib.request.HTTPRedirectHandler):
-    """No redirects: they would take the key to another address."""
-
-    def redirect_request(self, *_):
-        """None makes the redirect an HTTPError."""
-        return None
 
 
 def _verdict(message: dict) -> str:
-    """The letter a reply names; a refusal or anything else is a tie."""
+    """The letter that a reply names; a refusal, both letters and neither are a tie."""
     named = set(re.findall(r"\b[AB]\b", message.get("content") or ""))
     return named.pop() if len(named) == 1 else "tie"
+
+
+class BlindChoice:
+    """A person as the judge: two answers in random order, and every click is saved at once.
+
+    prompts, first, second: lists of texts. path: JSONL for `load_preferences`; ties go to
+    `<name>_ties.jsonl`. With the same path again, only what is still open is asked.
+    """
+
+    def __init__(self, prompts, first, second, path, seed: int = 0):
+        self.path, rng = Path(path), random.Random(seed)
+        self.ties = self.path.with_name(f"{self.path.stem}_ties.jsonl")
+        self.trios = list(dict.fromkeys(zip(prompts, first, second, strict=True)))
+        self.shown = [(prompt, *rng.sample(answers, 2)) for prompt, *answers in self.trios]
+        self.verdicts = {}  # in both orders of the answers
+        for file, won, lost in ((self.path, "A", "B"), (self.ties, "tie", "tie")):
+            for row in load_preferences(file) if file.exists() else []:
+                self.verdicts[row["prompt"], row["chosen"], row["rejected"]] = won
+                self.verdicts[row["prompt"], row["rejected"], row["chosen"]] = lost
+
+    def judge(self, prompt, a, b) -> str | None:
+        """The verdict, None while open. Unasked, a blank answer loses and look-alikes are a tie."""
+        if fold(a) == fold(b):
+            return "tie"
+        if not (fold(a) and fold(b)):
+            return "A" if fold(a) else "B"
+        return self.verdicts.get((prompt, a, b))
+
+    @property
+    def question(self) -> tuple[str, str, str] | None:
+        """(prompt, answer A, answer B) as they are shown now; None when all are judged."""
+        return next((trio for trio in self.shown if not self.judge(*trio)), None)
+
+    @property
+    def rows(self) -> list[dict]:
+        """What is judged so far, as `compare` gives it."""
+        judged = [trio for trio in self.trios if self.judge(*trio)]
+        return compare(self.judge, *zip(*judged, strict=True)) if judged else []
+
+    def choose(self, verdict: str) -> None:
+        """Take "A", "B" or "tie" for the pair that is shown; saved before the next one comes."""
+        if self.question is None or verdict not in SCORES:
+            raise ValueError(f"cannot take {verdict!r}: choose A, B or tie while a pair is open")
+        prompt, a, b = self.question
+        chosen, rejected = (b, a) if verdict == "B" else (a, b)
+        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        file = self.ties if verdict == "tie" else self.path
+        lines = file.read_bytes().splitlines() if file.exists() else []
+        lines += [json.dumps(row, ensure_ascii=False).encode(), b""]
+        write_file(file, b"\n".join(lines))
+        self.verdicts[prompt, a, b] = verdict
+        self.verdicts[prompt, b, a] = {"A": "B", "B": "A", "tie": "tie"}[verdict]
+
+    def show(self):
+        """The buttons, in Jupyter, VS Code and Colab; elsewhere a line that says so."""
+        if not live():
+            return print("buttons to choose with appear here in Jupyter, VS Code and Colab")
+        text = ipywidgets.Textarea(disabled=True, rows=12, layout={"width": "100%"})
+        buttons = [ipywidgets.Button(description=verdict) for verdict in SCORES]
+
+        def refresh(clicked=None):
+            if clicked and self.question:
+                self.choose(clicked.description)
+            shown = self.question or ("All are judged.", "", "")
+            text.value = "{}\n\nA: {}\n\nB: {}".format(*shown)
+
+        for button in buttons:
+            button.on_click(refresh)
+        refresh()
+        return ipywidgets.VBox([text, ipywidgets.HBox(buttons)])

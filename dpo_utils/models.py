@@ -1,88 +1,106 @@
-"""Base model, adapters, and the reference: what is loaded, what is trained, what stays."""
+"""The frozen base model, the LoRA adapter that is trained, and the reference it is compared
+with.
+"""
 
 import contextlib
-import functools
-import json
+import warnings
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.lora import LoraLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from transformers.activations import NewGELUActivation
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from dpo_utils import attention
 from dpo_utils.profiles import Profile, make_plan
 
-REFERENCE = "reference"  # name of the frozen adapter that holds the reference, where the base alone is not it
+REFERENCE = "reference"  # the frozen adapter that holds the reference, where the base is not it
+LINEAR = (nn.Linear, Conv1D)
+# Tested to change nothing but their arithmetic with the name of the attention, as a few others do.
+SDPA_MODELS = "gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3 smollm3".split()
 
 
-def quantisation_config(dtype):
+def in_float32(attend):
+    """An attention function with its scores in float32: Phi-2's overflow in float16."""
+
+    def attend_in_float32(module, query, key, value, mask, **options):
+        out, weights = attend(module, query.float(), key.float(), value.float(), mask, **options)
+        return out.to(query.dtype), weights
+
+    return attend_in_float32
+
+
+AttentionInterface.register("sdpa_float32", in_float32(sdpa_attention_forward))
+AttentionMaskInterface.register("sdpa_float32", sdpa_mask)
+
+
+def tolerance(dtype) -> float:
+    """By how much two batchings of the same log-probs may differ, relative to 1 + their size."""
+    return 1e-4 if dtype in (torch.float32, torch.float64) else 2e-2
+
+
+def quantisation_config(dtype) -> BitsAndBytesConfig:
     """NF4 with double quantisation, as in QLoRA (Dettmers et al. 2023)."""
-    from transformers import BitsAndBytesConfig
-
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=dtype
-    )
+    nf4 = {"load_in_4bit": True, "bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    return BitsAndBytesConfig(**nf4, bnb_4bit_compute_dtype=dtype)
 
 
-def _from_hub(load, source: str, revision: str | None, **options):
-    """Call a `from_pretrained`; where the source cannot be had, say in one line what to do."""
+def _from_hub(load, profile: Profile, **options):
+    """Call a `from_pretrained`; if the model cannot be had, say in one line what to do."""
     try:
-        return load(source, revision=revision, trust_remote_code=False, **options)
+        return load(profile.model, revision=profile.revision, trust_remote_code=False, **options)
     except OSError as problem:
-        if Path(source).exists():
+        if Path(profile.model).exists():
             raise
         raise OSError(
-            f"cannot get {source!r} (revision {revision or 'latest'}): it is neither a local directory nor cached, and "
-            "the hub did not answer. Connect once, set DPO_MODEL to a local directory, or use DPO_PROFILE=tiny."
+            f"cannot get {profile.model!r} (revision {profile.revision or 'latest'}): no such "
+            "local directory, not cached, and the hub did not answer. Connect once, set DPO_MODEL "
+            "to a local directory, or use DPO_PROFILE=tiny."
         ) from problem
 
 
 def load_tokenizer(profile: Profile):
-    """The profile's tokenizer; pad falls back to EOS (safe here: masks come from lengths, never from ids)."""
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, profile.model, profile.revision)
+    """The profile's tokenizer. Without a pad token it pads with EOS: masks never come from ids."""
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, profile)
     if tokenizer.eos_token_id is None:
-        raise ValueError(f"the tokenizer of {profile.model} has no EOS token: set tokenizer.eos_token, answers end with it")
+        remedy = "set tokenizer.eos_token, with which answers end"
+        raise ValueError(f"the tokenizer of {profile.model} has no EOS token: {remedy}")
     if tokenizer.pad_token_id is None:
         tokenizer.pad_token = tokenizer.eos_token
     return tokenizer
 
 
 def load_base(profile: Profile, quantize: bool | None = None):
-    """The frozen base model as `make_plan` says; `quantize` overrides the plan. Dropout is off for good."""
+    """The frozen base model without dropout, as `make_plan` says; `quantize` overrides it."""
     plan = make_plan(profile)
     quantize = plan.quantize if quantize is None else quantize
-    model = _from_hub(
-        AutoModelForCausalLM.from_pretrained,
-        profile.model,
-        profile.revision,
-        dtype=plan.dtype,
-        quantization_config=quantisation_config(plan.dtype) if quantize else None,
-        device_map={"": plan.device},
-        use_safetensors=True,
-    )
-    attention.use(model, plan.attention)
+    options = {"quantization_config": quantisation_config(plan.dtype)} if quantize else {}
+    options |= {"dtype": plan.dtype, "device_map": {"": plan.device}, "use_safetensors": True}
+    model = _from_hub(AutoModelForCausalLM.from_pretrained, profile, **options)
+    config = model.config.get_text_config()
+    if config.model_type in SDPA_MODELS and config._attn_implementation == "sdpa":
+        model.set_attn_implementation(plan.attention)
+    elif plan.attention != "sdpa":
+        own = f"{config.model_type} keeps its own attention ({config._attn_implementation})"
+        warnings.warn(f"{own}: its scores are in float16 and may overflow", stacklevel=2)
     disarm_cpu_repacking(model)
     turn_dropout_off(model)
-    fuse_gelu(model)
-    model.config.use_cache = True
     return model.requires_grad_(False)
 
 
 def disarm_cpu_repacking(model) -> None:
-    """Keep bitsandbytes from repacking 4-bit weights for CPU inference: gradients are wrong after it (AVX512-BF16)."""
+    """Keep bitsandbytes from repacking 4-bit weights on CPUs: later gradients would be wrong."""
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
 
 
 def turn_dropout_off(model) -> None:
-    """Set every dropout rate to zero, in modules and in the numbers that attention layers keep for themselves."""
+    """Set every dropout rate to zero, in modules and in the numbers that attention layers keep."""
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
@@ -90,152 +108,89 @@ def turn_dropout_off(model) -> None:
             module.attention_dropout = 0.0
 
 
-def fuse_gelu(model) -> int:
-    """Replace `gelu_new` by PyTorch's own tanh GELU: the same function in one kernel. Returns how many there were."""
-    count = 0
-    for module in model.modules():
-        for name, child in module.named_children():
-            if isinstance(child, NewGELUActivation):
-                setattr(module, name, nn.GELU(approximate="tanh"))
-                count += 1
-    return count
-
-
-class LeanLora:
-    """Mixed into PEFT's LoRA layers: W x + s B A x in one pass over the outputs (`addmm`), where PEFT takes three.
-
-    What is not that sum (the adapter off or merged, several at once, DoRA and the like) goes PEFT's own way.
-    """
-
-    def forward(self, x, *args, **kwargs):
-        """x: (..., in) -> (..., out), in the base layer's type; the sum in the wider of its and the adapter's."""
-        name, *more = self.active_adapters or [None]
-        plain = name in self.lora_A and name not in self.lora_variant and not self.lora_bias[name]
-        if args or kwargs or more or not plain or self.disable_adapters or self.merged:
-            return super().forward(x, *args, **kwargs)
-        a, b = self.lora_A[name].weight, self.lora_B[name].weight  # (r, in), (out, r)
-        base = self.base_layer(x)
-        low = F.linear(self.lora_dropout[name](x.to(a.dtype)), a) * self.scaling[name]  # (..., r)
-        wide = torch.promote_types(base.dtype, a.dtype)
-        base_rows, low_rows = (t.reshape(-1, t.shape[-1]).to(wide) for t in (base, low))
-        return torch.addmm(base_rows, low_rows, b.T.to(wide)).view(base.shape).to(base.dtype)
-
-
-@functools.cache
-def _lean(kind: type) -> type:
-    """One class for all layers of a kind: compiled code is made once for them all."""
-    return kind if issubclass(kind, LeanLora) else type(kind.__name__, (LeanLora, kind), {})
-
-
-def lean_lora(model) -> int:
-    """Make the LoRA layers on linear layers lean, in place. Returns how many there are."""
-    layers = [m for m in model.modules() if isinstance(m, LoraLayer) and isinstance(m.get_base_layer(), (nn.Linear, Conv1D))]
-    for layer in layers:
-        layer.__class__ = _lean(type(layer))
-    return len(layers)
-
-
 def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool | None = None):
-    """(model, tokenizer): the base with a trainable adapter, and the reference it is compared with.
+    """(model, tokenizer): the base with a trainable adapter, and the reference inside it.
 
-    adapter: directory of a saved adapter to go on from; None starts a fresh one, whose output is the base's.
-    reference: directory of the adapter that is the reference; by default `adapter`, as DPO starts from it. Without
-    either, the reference is the base itself (adapter off).
-    Raises ValueError for adapters that would break "adapter off is the reference" and for targets that match nothing,
-    FileNotFoundError for a directory (as a Path) without an adapter.
+    adapter: folder of a saved adapter to go on from; None starts a fresh one, with the base's
+    output. reference: folder of the adapter that is the reference, by default `adapter`, as DPO
+    starts from it; without either it is the base itself. Raises ValueError for an adapter that
+    `check_adapter` refuses, FileNotFoundError for a folder without one.
     """
     reference = reference or adapter
-    _require_adapter(adapter)
-    _require_adapter(reference)
+    require_adapter(adapter)
+    require_adapter(reference)
     base = load_base(profile, quantize)
     if adapter:
         model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
     else:
         torch.manual_seed(profile.seed)
         model = get_peft_model(base, lora_config(profile))
-    _check_configs(model)
     if reference:
         model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter("default")
     turn_dropout_off(model)  # again, for the adapters' own
-    lean_lora(model)
     check_adapter(model, profile)
     if profile.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    if profile.compile_layers:
-        for layer in _layers(base):
-            layer.compile(dynamic=True)
     return model, load_tokenizer(profile)
 
 
-def _require_adapter(folder) -> None:
-    folder = Path(folder) if folder and Path(folder).is_dir() else folder
-    if isinstance(folder, Path) and not (folder / "adapter_config.json").exists():
-        inside = (folder / "adapter" / "adapter_config.json").exists()
-        remedy = f"did you mean {folder / 'adapter'}?" if inside else "make it first (notebook 02 makes sft, notebook 04 dpo)"
+def require_adapter(folder) -> None:
+    """A folder must hold an adapter; a string that is no folder may be a hub id."""
+    is_folder = isinstance(folder, Path) or folder and Path(folder).is_dir()
+    if is_folder and not (Path(folder) / "adapter_config.json").exists():
+        remedy = "make it first (notebook 02 makes sft, notebook 04 dpo)"
+        if (Path(folder) / "adapter" / "adapter_config.json").exists():
+            remedy = f"did you mean {Path(folder) / 'adapter'}?"
         raise FileNotFoundError(f"no adapter in {folder}: {remedy}")
 
 
 def lora_config(profile: Profile) -> LoraConfig:
     """Adapters on the profile's target modules; no bias, no dropout, nothing else trained."""
-    return LoraConfig(
-        r=profile.lora_r,
-        lora_alpha=profile.lora_alpha,
-        lora_dropout=0.0,
-        bias="none",
-        task_type="CAUSAL_LM",
-        target_modules=list(profile.target_modules),
-        revision=profile.revision,
-    )
+    shape = {"r": profile.lora_r, "lora_alpha": profile.lora_alpha, "revision": profile.revision}
+    nothing_else = {"task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
+    return LoraConfig(target_modules=list(profile.target_modules), **shape, **nothing_else)
 
 
-def _layers(base):
+def _layers(base) -> nn.ModuleList:
     return max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len)
 
 
-def _check_configs(model) -> None:
-    """Refuse adapters that change more than switching them off takes back: bias or whole modules."""
-    for name, config in model.peft_config.items():
-        if config.bias != "none":
-            raise ValueError(
-                f"adapter {name!r} trains bias={config.bias!r}: switching it off would not give the reference. Use bias='none'."
-            )
-        if config.modules_to_save:
-            raise ValueError(
-                f"adapter {name!r} saves whole modules {config.modules_to_save}: the reference would change with them."
-            )
-
-
 def check_adapter(model, profile: Profile) -> None:
-    """Refuse what would silently break the run: targets that match half, weights trained beside the adapter."""
-    _check_configs(model)
-    adapted = [n.rsplit(".", 1)[-1] for n, m in model.named_modules() if hasattr(m, "lora_A") and "default" in m.lora_A]
-    layers = len(_layers(model.get_base_model()))
-    wanted = dict.fromkeys(profile.target_modules, layers)
+    """Refuse with ValueError what would silently break the run.
+
+    That is an adapter that switching off does not take back, a target that some layers lack, and a
+    weight that is trained next to the adapter.
+    """
+    for name, config in model.peft_config.items():
+        if config.bias != "none" or config.modules_to_save:
+            more = f"bias={config.bias!r} and modules_to_save={config.modules_to_save}"
+            what = f"adapter {name!r} trains {more}: switched off, it would not give the reference"
+            raise ValueError(f"{what}. Use bias='none' and no modules_to_save.")
+    modules = [(name.rsplit(".", 1)[-1], module) for name, module in model.named_modules()]
+    adapted = [name for name, module in modules if "default" in getattr(module, "lora_A", ())]
+    layers = _layers(model.get_base_model())
+    wanted = dict.fromkeys(profile.target_modules, len(layers))
     found = {name: adapted.count(name) for name in [*wanted, *adapted]}
     if found != wanted:
+        kinds, block = (*LINEAR, BaseTunerLayer), layers[0].named_modules()
+        linear = (name.split(".lora_")[0] for name, module in block if isinstance(module, kinds))
+        linear = (name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear)
+        names = " ".join(dict.fromkeys(linear))
         raise ValueError(
-            f"LoRA should sit on {wanted} but sits on {found}. The linear layers of {profile.model} are "
-            f"{' '.join(_linear_names(model))}: choose among them with setup(target_modules=(...)) or --target-modules, or "
-            "DPO_PROFILE=smollm2 for models like Llama."
+            f"LoRA should be on {wanted} but is on {found}. The linear layers of {profile.model} "
+            f"are {names}: choose with setup(target_modules=(...)) or --target-modules."
         )
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad and (".default." not in name or parameter.dtype != torch.float32):
-            raise ValueError(f"{name} is trainable as {parameter.dtype}: only the adapter's float32 weights should be")
-
-
-def _linear_names(model) -> list[str]:
-    """Short names of the linear layers in one of the model's blocks, adapted or not."""
-    block = _layers(model.get_base_model())[0]
-    linear = (nn.Linear, Conv1D, BaseTunerLayer)
-    names = [name for name, module in block.named_modules() if isinstance(module, linear)]
-    return list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in names if "lora_" not in name and "base_layer" not in name))
+    for name, weight in model.named_parameters():
+        if weight.requires_grad and (".default." not in name or weight.dtype != torch.float32):
+            only = "only the adapter's float32 weights should be"
+            raise ValueError(f"{name} is trainable as {weight.dtype}: {only}")
 
 
 @contextlib.contextmanager
 def as_reference(model):
-    """Inside, the model is the reference: its frozen reference adapter if it has one, else the base alone."""
+    """Inside, the model is the reference: its reference adapter if it has one, else the base."""
     if REFERENCE not in model.peft_config:
         with model.disable_adapter():
             yield model
@@ -255,27 +210,3 @@ def unwrap(model):
 def trainable(model) -> list[nn.Parameter]:
     """The parameters that are trained, in the model's order."""
     return [p for p in model.parameters() if p.requires_grad]
-
-
-def save_adapter(model, directory) -> None:
-    """The policy's adapter in PEFT's format (safetensors); the same adapter gives the same bytes."""
-    model.save_pretrained(directory, selected_adapters=["default"], save_embedding_layers=False)
-    path = Path(directory) / "adapter_config.json"
-    config = json.loads(path.read_text())
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT keeps a set: its order changes from run to run
-    path.write_text(json.dumps(config, indent=2) + "\n")
-
-
-def merge_and_save(profile: Profile, adapter, output) -> None:
-    """One plain model with the adapter merged in, and its tokenizer, in `output`.
-
-    A 4-bit base is dequantised first and the adapter merged into *that*: merging into the original weights would
-    shift the outputs by the quantisation error the adapter was trained around.
-    """
-    _require_adapter(adapter)
-    base = load_base(profile)
-    if getattr(base, "is_loaded_in_4bit", False):
-        base = base.dequantize()
-    merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    merged.save_pretrained(output)
-    load_tokenizer(profile).save_pretrained(output)

@@ -1,158 +1,260 @@
-"""Adapters: one row of a known schema -> its pairs, as pure functions.
+"""Rows -> pairs: the schema of a source is found by its columns, and every pair is checked."""
 
-Only what a schema itself needs is checked here. Beside the pipeline, after `rows`; `data` chooses the adapter.
-"""
-
-import difflib
-import math
 import re
+import unicodedata
+from collections import Counter
 
-from dpo_utils.rows import BadRow, show
+from dpo_utils import world
+from dpo_utils.rows import BadRow, PreferenceDataError, Row, nearest, read_rows, show
 
-
-def is_missing(value: object) -> bool:
-    return value is None or (isinstance(value, float) and math.isnan(value))
-
-
-class Fields(dict):
-    """A row whose missing keys are reported, not raised as KeyError."""
-
-    def __missing__(self, key):
-        near = difflib.get_close_matches(key, self, 1)
-        raise BadRow("missing value", key, f"found no such key{f' but {near[0]!r}' if near else ''} in {list(self)}")
-
-
-def standard(row: Fields) -> list[dict]:
-    """prompt, chosen, rejected as they stand; with scores (ultrafeedback_binarized) the chosen one must be higher."""
-    if "score_chosen" in row and "score_rejected" in row:
-        high, low = (number_in(row[column], column) for column in ("score_chosen", "score_rejected"))
-        if high <= low:
-            reason = "tied scores" if high == low else "scores contradict"
-            raise BadRow(reason, "score_chosen", f"found {high} and {low}")
-    if isinstance(row["prompt"], str) and is_messages(row["chosen"]):
-        return transcripts(row)
-    return [{field: row[field] for field in ("prompt", "chosen", "rejected")}]
+PREFERENCES = (  # the columns of prompt, answers, scores; or the one column that lists them
+    ("question", ("answer_0", "answer_1"), ("score_0", "score_1")),  # webgpt_comparisons
+    ("", ("conversation_a", "conversation_b"), "winner"),  # chatbot_arena_conversations
+    ("prompt", "responses", "scores"),
+    ("prompt", ("chosen", "rejected"), ("score_chosen", "score_rejected")),  # ultrafeedback
+    ("prompt", ("chosen", "rejected"), (), "system"),  # truthy-dpo
+    ("prompt", ("chosen", "rejected"), ()),
+    ("", ("chosen", "rejected"), ()),  # hh-rlhf: the prompt is what both begin with
+)
+DEMONSTRATIONS = (("prompt", "completion"), ("", "messages"))
+VOTES = {"model_a": [1, 0], "model_b": [0, 1], "tie": [0, 0], "tie (bothbad)": [0, 0]}
 
 
-def with_system(row: Fields) -> list[dict]:
-    """truthy-dpo: a system turn where there is one, then the user's question."""
-    system = row.get("system")
-    said = not is_missing(system) and system != ""
-    prompt = messages(("system", system), ("user", row["prompt"])) if said else messages(("user", row["prompt"]))
-    return [{"prompt": prompt} | {side: messages(("assistant", row[side])) for side in ("chosen", "rejected")}]
+def fold(text: str) -> str:
+    """Text without what a reader does not see: Unicode form (NFKC), case, runs of space."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return " ".join(folded.split())
 
 
-def instructed(row: Fields) -> list[dict]:
-    """instruction, input, chosen, rejected."""
-    return [{"prompt": joined(row, "input"), "chosen": row["chosen"], "rejected": row["rejected"]}]
+def plain_text(value: str | list[dict]) -> str:
+    """One string for a text or a list of messages."""
+    return value if isinstance(value, str) else "\n".join(turn["content"] for turn in value)
 
 
-def transcripts(row: Fields) -> list[dict]:
-    """hh-rlhf: two transcripts, or two message lists, whose shared beginning is the prompt."""
-    return from_turns(as_turns(row["chosen"], "chosen"), as_turns(row["rejected"], "rejected"))
+def prompt_key(prompt: str | list[dict]) -> str:
+    """What makes two prompts the same question: folded text, system turns left out."""
+    asked = prompt if isinstance(prompt, str) else [t for t in prompt if t["role"] != "system"]
+    return fold(plain_text(asked))
 
 
-def webgpt(row: Fields) -> list[dict]:
-    """webgpt_comparisons: a question and two scored answers."""
-    question = row["question"]
-    return ranked(
-        Fields(
-            prompt=question.get("full_text") if isinstance(question, dict) else question,
-            responses=[row["answer_0"], row["answer_1"]],
-            scores=[row["score_0"], row["score_1"]],
-        )
-    )
+def is_messages(value: object) -> bool:
+    """Whether it is a list of {"role", "content"}, whatever these hold."""
+    if not isinstance(value, list) or not value:
+        return False
+    return all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
 
 
-def arena(row: Fields) -> list[dict]:
-    """chatbot_arena_conversations: two conversations and a vote."""
-    sides = {"model_a": "ab", "model_b": "ba", "tie": "", "tie (bothbad)": ""}.get(row["winner"])
-    if not sides:
-        raise BadRow("unknown label" if sides is None else "tied scores", "winner", show(row["winner"]))
-    return from_turns(*(as_turns(row[f"conversation_{side}"], f"conversation_{side}") for side in sides))
+def as_turns(value: object, column: str) -> list[dict]:
+    """Messages without other keys; a transcript is cut at its "Human:" and "Assistant:"."""
+    if is_messages(value):
+        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    if not isinstance(value, str):
+        raise BadRow(fault_in(value), column, show(value))
+    start, *pieces = re.split(r"\n\n(Human|Assistant):", value)
+    if start.strip() or not pieces:
+        found = f"with no prompt column a text opens with \\n\\nHuman: but {show(value)}"
+        raise BadRow("bad turns", column, found)
+    roles = {"Human": "user", "Assistant": "assistant"}
+    turns = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": roles[speaker], "content": text.strip()} for speaker, text in turns]
 
 
-def ranked(row: Fields) -> list[dict]:
-    """prompt, n responses, n scores: a pair for every strict gap, none for a tie."""
-    responses, scores = row["responses"], row["scores"]
-    for column in ("responses", "scores"):
-        if not isinstance(row[column], list):
-            raise BadRow("missing value" if is_missing(row[column]) else "wrong type", column, show(row[column]))
-    if len(responses) != len(scores):
-        raise BadRow("missing score", "scores", f"found {len(responses)} responses and {len(scores)} scores")
-    scored = [(number_in(value, "scores"), response) for value, response in zip(scores, responses, strict=True)]
-    pairs = [
-        {"prompt": row["prompt"], "chosen": better, "rejected": worse}
+def our_names(values: dict, columns: dict) -> dict:
+    """The values under our names; an instruction is a prompt together with its input."""
+    own = columns.values()
+    row = {name: value for name, value in values.items() if name not in own}
+    row |= {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
+    for synonym in ("output", "response"):
+        if synonym in row:
+            row.setdefault("completion", row[synonym])
+    if "instruction" in row and "prompt" not in row:
+        row["prompt"] = row["instruction"]
+        for column in [name for name in ("input", "context") if name in row]:
+            fault = fault_in(row[column])
+            if fault == "wrong type":
+                raise BadRow(fault, column, show(row[column]))
+            if fault not in ("missing value", "blank") and isinstance(row["prompt"], str):
+                row["prompt"] += f"\n\n{row[column]}"
+    return row
+
+
+def listed(row: dict, columns: str | tuple) -> list:
+    """The values of these columns, or those that one column lists."""
+    values = row[columns] if isinstance(columns, str) else [row[column] for column in columns]
+    if not isinstance(values, list):
+        raise BadRow(fault_in(values) or "wrong type", columns, show(values))
+    return values
+
+
+def demonstrations_of(row: dict, prompt: str, answer: str) -> list[dict]:
+    """The demonstration of a row; of a conversation the last turn is the completion."""
+    if prompt:
+        return [{"prompt": row[prompt], "completion": row[answer]}]
+    turns = as_turns(row[answer], answer)
+    return [{"prompt": turns[:-1], "completion": turns[-1:]}]
+
+
+def ranking(row: dict, texts: list, scores: str | tuple) -> list[float]:
+    """The score of each text, high to low for a pair without scores."""
+    if not scores:
+        return [1, 0]
+    if scores == "winner":
+        if str(row[scores]) not in VOTES:
+            raise BadRow("unknown label", scores, show(row[scores]))
+        return VOTES[row[scores]]
+    points = listed(row, scores)
+    if len(texts) != len(points):
+        found = f"found {len(texts)} responses and {len(points)} scores"
+        raise BadRow("missing score", scores, found)
+    for number, point in enumerate(points):
+        if type(point) not in (int, float) or point != point:
+            column = scores if isinstance(scores, str) else scores[number]
+            raise BadRow("missing score", column, show(point))
+    if "score_chosen" in scores and points[0] < points[1]:
+        raise BadRow("scores contradict", scores[0], f"found {points[0]} and {points[1]}")
+    return points
+
+
+def pairs_of(row: dict, prompt: str, answers, scores, system=None) -> list[dict]:
+    """The pairs of a row: one for every strict gap in score, none for a tie."""
+    question, texts = row.get(prompt), listed(row, answers)
+    points = ranking(row, texts, scores)
+    if len(set(points)) < 2:
+        raise BadRow("tied scores", scores if isinstance(scores, str) else None, show(points))
+    said = [{"role": "system", "content": row[system]}] if row.get(system) else []
+    if not prompt or (isinstance(question, str) and is_messages(texts[0])):
+        question, texts = shared_beginning(*map(as_turns, texts, answers))
+        question = said + question
+    elif system:
+        question = [*said, {"role": "user", "content": question}]
+        texts = [[{"role": "assistant", "content": text}] for text in texts]
+    elif prompt == "question" and isinstance(question, dict):
+        question = question.get("full_text")
+    scored = list(zip(points, texts, strict=True))
+    return [
+        {"prompt": question, "chosen": better, "rejected": worse}
         for high, better in scored
         for low, worse in scored
         if high > low
     ]
-    if not pairs:
-        raise BadRow("tied scores", "scores", show(scores))
+
+
+def shared_beginning(first: list[dict], second: list[dict]) -> tuple[list[dict], list[list[dict]]]:
+    """What two conversations begin with, and the last turn of each."""
+    last = min(len(first), len(second)) - 1
+    shared = next((i for i in range(last) if first[i] != second[i]), last)
+    if max(len(first), len(second)) > shared + 1:
+        found = f"found {len(first)} and {len(second)} turns, the first {shared} alike"
+        raise BadRow("parted early", None, found)
+    return first[:shared], [first[shared:], second[shared:]]
+
+
+def fault_in(text: object) -> str | None:
+    """Why a value cannot be used as text; None where it can."""
+    if text is None or text != text:
+        return "missing value"
+    if not isinstance(text, str):
+        return "blank" if text == [] else "wrong type"
+    if "\0" in text:
+        return "NUL character"
+    if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
+        return "invalid UTF-8" if "\udc80" <= surrogate[0] <= "\udcff" else "lone surrogate"
+    return None if re.search(r"[^\s\u200b-\u200d\u2060\ufeff]", text) else "blank"
+
+
+def check(pair: dict) -> None:
+    """Raises BadRow for the first thing that is wrong with a pair or a demonstration."""
+    for column, value in pair.items():
+        is_talk = is_messages(value)
+        for text in [turn["content"] for turn in value] if is_talk else [value]:
+            if reason := fault_in(text):
+                raise BadRow(reason, column, show(text))
+        roles = [turn["role"] for turn in value] if is_talk else []
+        known = all(role in ("system", "user", "assistant") for role in roles)
+        fits = roles[-1:] != ["assistant"] if column == "prompt" else roles in ([], ["assistant"])
+        if not (known and fits):
+            raise BadRow("bad turns", column, f"found the roles {roles}")
+    if len({type(value) for value in pair.values()}) > 1:
+        raise BadRow("mixed forms", None, "found text in one column and messages in another")
+    if "chosen" in pair:
+        chosen, rejected = plain_text(pair["chosen"]), plain_text(pair["rejected"])
+        if fold(chosen) == fold(rejected):
+            reason = "identical" if chosen == rejected else "identical after folding"
+            raise BadRow(reason, "rejected", show(rejected))
+
+
+def columns_of(schema: tuple) -> set[str]:
+    """All columns that a schema needs."""
+    parts = ([part] if isinstance(part, str) else part for part in schema)
+    return {column for part in parts for column in part if column}
+
+
+def choose_schema(source: str, names: set, kind: tuple, columns: dict) -> tuple:
+    """The first schema whose columns are all there; raises PreferenceDataError with the nearest."""
+    known = our_names(dict.fromkeys(names), columns).keys()
+    missing = [ours for ours, theirs in columns.items() if theirs not in names]
+    for schema in () if missing else kind:
+        needed = columns_of(schema)
+        if needed <= known and (needed != {"chosen", "rejected"} or needed == known):
+            return schema
+    fields = ("prompt", "chosen", "rejected") if kind is PREFERENCES else ("prompt", "completion")
+    missing = missing or [field for field in fields if field not in known]
+    lost = {ours: columns.get(ours, ours) for ours in missing}
+    near = columns | {ours: nearest(own, names) or "your name for it" for ours, own in lost.items()}
+    shell = ",".join(f"{ours}={theirs}" for ours, theirs in near.items())
+    raise PreferenceDataError(
+        f"{source}: no column {', '.join(map(repr, lost.values()))}; the columns are "
+        f"{sorted(names)}. Rename, pass columns={near}, or, in the notebooks, set "
+        f"DPO_COLUMNS={shell!r}"
+    )
+
+
+def checked_pairs(row: Row, kind: tuple, schema: tuple, columns: dict, keep) -> list[dict]:
+    """The pairs of a row, with the columns `keep`; raises BadRow where it has a fault."""
+    if row.bad:
+        raise row.bad
+    if not isinstance(row.values, dict):
+        found = f"{show(row.values)} where an object with named columns is needed"
+        raise BadRow("wrong type", None, found)
+    values = our_names(row.values, columns)
+    for column in sorted(columns_of(schema[:3]) - values.keys()):
+        near = nearest(column, values)
+        found = f"found no such key{f' but {near!r}' if near else ''} in {list(row.values)}"
+        raise BadRow("missing value", column, found)
+    pairs = (pairs_of if kind is PREFERENCES else demonstrations_of)(values, *schema)
+    for pair in pairs:
+        pair |= {side: as_turns(value, side) for side, value in pair.items() if is_messages(value)}
+        check(pair)
+        pair |= {column: row.values.get(column) for column in keep}
+    for column in keep:
+        if (reason := fault_in(row.values.get(column))) in ("invalid UTF-8", "lone surrogate"):
+            raise BadRow(reason, column, show(row.values[column]))
     return pairs
 
 
-def completed(row: Fields) -> list[dict]:
-    """prompt, completion as they stand."""
-    return [{"prompt": row["prompt"], "completion": row["completion"]}]
-
-
-def answered(row: Fields) -> list[dict]:
-    """instruction, (input or context), (output or response), as in Alpaca and Dolly."""
-    context, answer = ("context" if "context" in row else "input"), ("output" if "output" in row else "response")
-    return [{"prompt": joined(row, context), "completion": row[answer]}]
-
-
-def conversation(row: Fields) -> list[dict]:
-    """messages: the last turn is the completion, what stands before it the prompt."""
-    turns = as_turns(row["messages"], "messages")
-    return [{"prompt": turns[:-1], "completion": turns[-1:]}]
-
-
-def joined(row: Fields, column: str) -> str:
-    """Instruction and input with a blank line between; the instruction alone where there is no input."""
-    extra = row.get(column)
-    if not isinstance(row["instruction"], str) or is_missing(extra):
-        return row["instruction"]
-    if not isinstance(extra, str):
-        raise BadRow("wrong type", column, show(extra))
-    return f"{row['instruction']}\n\n{extra}" if extra.strip() else row["instruction"]
-
-
-def number_in(value: object, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise BadRow("missing score", column, show(value))
-    return value
-
-
-def messages(*turns: tuple[str, object]) -> list[dict]:
-    return [{"role": role, "content": content} for role, content in turns]
-
-
-def is_messages(value: object) -> bool:
-    """A list that holds only {"role", "content"}; the roles and contents themselves are not looked at."""
-    turns = isinstance(value, list) and value
-    return bool(turns) and all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in turns)
-
-
-def as_turns(value: object, column: str) -> list[dict]:
-    """Messages as they are, or a transcript cut at "\\n\\nHuman:" and "\\n\\nAssistant:"."""
-    if is_messages(value):
-        return messages(*((turn["role"], turn["content"]) for turn in value))
-    if not isinstance(value, str):
-        raise BadRow("missing value" if is_missing(value) else "wrong type", column, show(value))
-    start, *pieces = re.split(r"\n\n(Human|Assistant):", value)
-    if start.strip() or not pieces:
-        raise BadRow("bad turns", column, f"with no prompt column a text opens with \\n\\nHuman: but {show(value)}")
-    roles = {"Human": "user", "Assistant": "assistant"}
-    return messages(*((roles[role], text.strip()) for role, text in zip(pieces[::2], pieces[1::2], strict=True)))
-
-
-def from_turns(chosen: list[dict], rejected: list[dict]) -> list[dict]:
-    """The shared beginning is the prompt, the last turns are the answers."""
-    shared = 0
-    while shared < min(len(chosen), len(rejected)) - 1 and chosen[shared] == rejected[shared]:
-        shared += 1
-    if max(len(chosen), len(rejected)) > shared + 1:
-        raise BadRow("parted early", None, f"found {len(chosen)} and {len(rejected)} turns, the first {shared} alike")
-    return [{"prompt": chosen[:shared], "chosen": chosen[shared:], "rejected": rejected[shared:]}]
+def read_pairs(
+    source, kind=PREFERENCES, columns=None, keep=(), split="train", revision=None
+) -> tuple[str, list[Row]]:
+    """Name and rows of a source, each row with its checked pairs or with what is wrong with it."""
+    tiny = world.preferences if kind is PREFERENCES else world.demonstrations
+    name, rows = read_rows(source, tiny, split, revision)
+    columns = columns or {}
+    records = [row.values for row in rows if isinstance(row.values, dict) and not row.bad]
+    names = {column for values in records for column in values}
+    schema = choose_schema(name, names, kind, columns) if records else ()
+    if absent := sorted(set(keep) - names):
+        raise PreferenceDataError(f"{name}: keep= names {absent}, which no row has. Correct it")
+    for row in rows:
+        try:
+            row.pairs = checked_pairs(row, kind, schema, columns, keep)
+        except BadRow as bad:
+            row.bad = bad
+            bad.column = columns.get(bad.column, bad.column)
+    forms = Counter(type(row.pairs[0]["prompt"]) for row in rows if row.pairs)
+    usual = max(forms, key=forms.get, default=None)
+    for row in rows:
+        if row.pairs and type(row.pairs[0]["prompt"]) is not usual:
+            form, other = ("text", "messages") if usual is list else ("messages", "text")
+            row.bad = BadRow("mixed forms", None, f"found {form} where most rows hold {other}")
+            row.pairs = []
+    return name, rows

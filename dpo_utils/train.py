@@ -1,262 +1,318 @@
-"""SFT and DPO, in a notebook or from a shell, on one process or many; the loop they share is `fit`.
+"""SFT, DPO and KTO: three objectives, one loop, one command line.
 
-python -m dpo_utils.train {sft,dpo} --profile tiny --output DIR [--data FILE] [--steps N] [--beta B] [--seed S]
+python -m dpo_utils.train {sft,dpo} --profile tiny --output DIR [--data FILE] [--steps N] [--beta B]
 """
 
 import argparse
-import dataclasses
 import math
 import sys
-from pathlib import Path
+import time
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
 
 import torch
+from accelerate import Accelerator, PartialState
+from accelerate.utils import gather_object
+from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import concatenate_datasets
+from tqdm import tqdm
 
+from dpo_utils import preflight
 from dpo_utils.audit import audit
-from dpo_utils.checkpoints import SettingsChanged, load_cache, save_cache
-from dpo_utils.data import column_name, columns_asked_for, load_demonstrations, load_preferences, split_by_prompt
-from dpo_utils.fit import engine, fit, options_for, read_history
-from dpo_utils.keys import reference_key
-from dpo_utils.logps import all_logps
+from dpo_utils.checkpoints import RunFolder, SettingsChanged, stop_signals
+from dpo_utils.data import column_name, training_data
+from dpo_utils.logps import completion_logps, options_for, why_plain
 from dpo_utils.losses import kto_loss, needs_reference, preference_loss
-from dpo_utils.models import as_reference, load_policy
+from dpo_utils.models import load_policy, trainable
 from dpo_utils.profiles import Profile, describe, load_profile, make_plan
-from dpo_utils.step import Task, learning_rate_at, step_items
+from dpo_utils.reference import reference_logps, run_key
+from dpo_utils.schedule import learning_rate_at, step_items
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration, tokenize_pair
 
-__all__ = [
-    "learning_rate_at", "main", "options_for", "read_history", "reference_logps", "step_items", "train_dpo",
-    "train_sft", "train_unpaired", "training_data",
-]  # fmt: skip
-
-_SCORED = {}  # reference log-probs of this process's runs that keep nothing on disk
-ROUNDING = 1e-6  # relative; equal log-probs differ by this much when their rows are batched otherwise
+METRICS = [f"{of}/{side}" for of in ("rewards", "logps") for side in ("chosen", "rejected")]
+METRICS[2:2] = ["rewards/margins", "rewards/accuracies"]  # TRL's names
+ROUNDING = 1e-6  # relative: by how much equal log-probs differ between two batchings
 
 
-# --- the two tasks ----------------------------------------------------------------------------------------------------
+@dataclass(frozen=True)
+class Task:
+    """What is trained: items, the loss of each, and how much each counts in a step."""
+
+    stage: str  # sft, dpo or kto
+    items: list  # (prompt_ids, completions), all with the same number of completions
+    rows: list[int]  # 1-based row of each item in the data, for messages
+    weights: torch.Tensor  # (items,) how much an item counts: 1 a pair, its tokens in SFT
+    reference: torch.Tensor | None  # (items, completions) log-probs that the objective reads
+    objective: Callable  # (logps (n, completions), item numbers) -> (losses (n,), {metric: (n,)})
+    settings: dict | None = None  # of the loss: part of what a run is known by
 
 
-def train_sft(model, tokenizer, demonstrations, profile: Profile, output=None, **options) -> list[dict]:
-    """Fine-tune the adapter in place on demonstrations (columns prompt, completion); returns the history.
+def train_sft(model, tokenizer, demonstrations, profile, output=None, **options) -> list[dict]:
+    """Fine-tune the adapter in place on demonstrations (prompt, completion); returns the history.
 
-    Only completion tokens are scored; the loss is the mean over the completion tokens of the whole step, in nats.
-    History rows: step, epoch, loss, grad_norm, learning_rate, seconds. Options and what is raised: `fit.fit`.
+    The loss is the mean over the completion tokens of the whole step, in nats. Options: `fit`.
     """
-    rows, items = _items(model, demonstrations, tokenizer, profile, tokenize_demonstration)
-    tokens = [len(completions[0]) for _, completions in items]
+    rows, items = _items(demonstrations, tokenizer, profile, tokenize_demonstration)
+    tokens = torch.tensor([float(len(answer)) for _, (answer,) in items])
 
     def objective(logps, numbers):
-        return -logps[:, 0] / logps.new_tensor([tokens[i] for i in numbers]), {}
+        return -logps[:, 0] / tokens[numbers].to(logps), {}
 
-    task = Task(
-        "sft", items, rows, objective, tokens.__getitem__, None,
-        profile.sft_steps, profile.sft_batch, profile.sft_learning_rate,
-    )  # fmt: skip
+    schedule = {n: getattr(profile, f"sft_{n}") for n in ("steps", "batch", "learning_rate")}
+    task, profile = Task("sft", items, rows, tokens, None, objective), replace(profile, **schedule)
     return fit(model, tokenizer, task, profile, output, **options)
 
 
-def train_dpo(model, tokenizer, pairs, profile: Profile, output=None, *, loss=None, **options) -> list[dict]:
-    """Train the adapter in place on preferences (columns prompt, chosen, rejected); returns the history.
+def train_dpo(
+    model, tokenizer, pairs, profile, output=None, *, loss=None, loss_options=None, **options
+) -> list[dict]:
+    """Train the adapter in place on preferences (prompt, chosen, rejected); returns the history.
 
-    loss: a name in `losses.LOSSES`, by default the profile's; loss_options: its further arguments. The reference is
-    what `models.as_reference` gives; its log-probs are computed once and cached in `output`. History rows carry TRL's
-    names: loss, rewards/chosen, rewards/rejected, rewards/margins, rewards/accuracies (a tie is half), logps/chosen,
-    logps/rejected, grad_norm, learning_rate; means over the pairs of the step. Options and what is raised: `fit.fit`.
+    loss: a name in `losses.LOSSES`, by default the profile's. The history has `METRICS`, under
+    TRL's names: means over the pairs of a step, where a tie is half an accurate pair. Options:
+    `fit`.
     """
-    profile = dataclasses.replace(profile, loss=loss or profile.loss)
-    rows, items = _items(model, pairs, tokenizer, profile, tokenize_pair)
-    reference = None
+    profile = replace(profile, loss=loss or profile.loss)
+    rows, items = _items(pairs, tokenizer, profile, tokenize_pair)
+    lengths = torch.tensor([[float(len(answer)) for answer in answers] for _, answers in items])
+    settings = {"beta": profile.beta, "label_smoothing": profile.label_smoothing}
+    settings |= loss_options or {}
+    reference, fresh = None, options.get("fresh", False)
     if needs_reference(profile.loss):
-        reference = reference_logps(model, tokenizer, items, profile, output, options.get("fresh", False))
-    objective = preference_objective(items, reference, profile, options.get("loss_options"))
-    task = Task("dpo", items, rows, objective, lambda _: 1, reference, profile.steps, profile.batch, profile.learning_rate)
-    return fit(model, tokenizer, task, profile, output, **options)
-
-
-def preference_objective(items, reference, profile: Profile, loss_options=None):
-    """(log-probs (n, 2), item numbers) -> losses (n,) and TRL's metrics, each (n,), of the profile's loss."""
-    lengths = torch.tensor([[len(c) for c in completions] for _, completions in items], dtype=torch.float32)
+        reference = reference_logps(model, tokenizer, items, profile, output, fresh)
 
     def objective(logps, numbers):
-        ref_chosen, ref_rejected = (None, None) if reference is None else reference[numbers].to(logps).T
-        losses, chosen, rejected = preference_loss(
-            profile.loss, *logps.T, ref_chosen, ref_rejected, *lengths[numbers].to(logps).T,
-            beta=profile.beta, label_smoothing=profile.label_smoothing, **(loss_options or {}),
-        )  # fmt: skip
+        refs = (None, None) if reference is None else reference[numbers].to(logps).T
+        sides = *logps.T, *refs, *lengths[numbers].to(logps).T
+        losses, chosen, rejected = preference_loss(profile.loss, *sides, **settings)
         margins = chosen - rejected
         tie = margins.abs() <= ROUNDING * profile.beta * logps.detach().abs().sum(-1)
-        return losses, {
-            "rewards/chosen": chosen,
-            "rewards/rejected": rejected,
-            "rewards/margins": margins,
-            "rewards/accuracies": torch.where(tie, 0.5, (margins > 0).to(margins)),
-            "logps/chosen": logps[:, 0].detach(),
-            "logps/rejected": logps[:, 1].detach(),
-        }
+        accuracies = torch.where(tie, 0.5, (margins > 0).to(margins))
+        metrics = chosen, rejected, margins, accuracies, *logps.detach().T
+        return losses, dict(zip(METRICS, metrics, strict=True))
 
-    return objective
+    ones = torch.ones(len(items))
+    task = Task("dpo", items, rows, ones, reference, objective, loss_options)
+    return fit(model, tokenizer, task, profile, output, **options)
 
 
-def train_unpaired(model, tokenizer, rows, profile: Profile, output=None, *, loss_options=None, **options) -> list[dict]:
-    """Train the adapter in place by KTO on single answers (columns prompt, completion, label); returns the history.
+def train_unpaired(
+    model, tokenizer, answers, profile, output=None, *, loss_options=None, **options
+) -> list[dict]:
+    """Train the adapter in place by KTO on single answers (prompt, completion, label: is it good).
 
-    label: true for a thumb up. `profile.batch` answers a step, in TRL's unpaired format. loss_options:
-    desirable_weight and undesirable_weight for unequal numbers of thumbs (Ethayarajh et al. 2024 keep the ratio of
-    weight times number between 1 and 4/3), and kl, here a constant, 0 by default. History rows: loss, rewards/chosen and
-    rewards/rejected (means over thumbs up and down, in expectation), logps, grad_norm, learning_rate.
+    loss_options: those of `losses.kto_loss`; kl is a constant here, 0 by default. The history's
+    rewards are means over good and over bad answers, in expectation. Options: `fit`.
     """
-    numbers, items = _items(model, rows, tokenizer, profile, tokenize_demonstration)
-    wanted = torch.tensor([bool(rows[number - 1]["label"]) for number in numbers])
-    reference = reference_logps(model, tokenizer, items, profile, output, options.get("fresh", False))
+    rows, items = _items(answers, tokenizer, profile, tokenize_demonstration)
+    good = torch.tensor([bool(answers[row - 1]["label"]) for row in rows])
+    share, settings = good.float().mean(), loss_options or {}
+    fresh = options.get("fresh", False)
+    reference = reference_logps(model, tokenizer, items, profile, output, fresh)
 
-    def objective(logps, chosen):
-        label = wanted[chosen].to(logps.device)
-        losses, rewards = kto_loss(logps[:, 0], reference[chosen].to(logps)[:, 0], label, beta=profile.beta, **(loss_options or {}))
-        return losses, {
-            "rewards/chosen": rewards * label / wanted.float().mean(),
-            "rewards/rejected": rewards * ~label / (1 - wanted.float().mean()).clamp(min=1e-9),
-            "logps": logps[:, 0].detach(),
-        }
+    def objective(logps, numbers):
+        label, ref = good[numbers].to(logps.device), reference[numbers].to(logps)[:, 0]
+        losses, rewards = kto_loss(logps[:, 0], ref, label, beta=profile.beta, **settings)
+        metrics = {"rewards/chosen": rewards * label / share, "logps": logps[:, 0].detach()}
+        metrics["rewards/rejected"] = rewards * ~label / (1 - share).clamp(min=1e-9)
+        return losses, metrics
 
-    task = Task("kto", items, numbers, objective, lambda _: 1, reference, profile.steps, profile.batch, profile.learning_rate)
-    thumbs = "".join("+" if up else "-" for up in wanted)  # part of what the run is known by
-    return fit(model, tokenizer, task, profile, output, loss_options={**(loss_options or {}), "thumbs": thumbs}, **options)
+    known_by, ones = settings | {"labels": good.tolist()}, torch.ones(len(items))
+    task = Task("kto", items, rows, ones, reference, objective, known_by)
+    return fit(model, tokenizer, task, profile, output, **options)
 
 
-def _items(model, data, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
+def _items(rows, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
     """Row numbers and items of the usable rows; prints how many were dropped and why."""
-    kept, dropped = tokenize_all(data, tokenizer, profile.max_length, tokenize)
+    kept, dropped = tokenize_all(rows, tokenizer, profile.max_length, tokenize)
     if dropped:
-        reasons = [reason for _, reason in dropped]
-        counts = ", ".join(f"{reasons.count(r)} x {r}" for r in sorted(set(reasons)))
-        engine(model).print(f"{len(kept)} rows kept, {len(dropped)} dropped: {counts}")
+        counts = sorted(Counter(reason for _, reason in dropped).items())
+        reasons = ", ".join(f"{count} x {reason}" for reason, count in counts)
+        print(f"{len(kept)} rows kept, {len(dropped)} dropped: {reasons}")
     return [row["row"] for row in kept], [as_item(row) for row in kept]
 
 
-def reference_logps(model, tokenizer, items, profile: Profile, output=None, fresh: bool = False):
-    """Log-probs of all items under the reference, (items, completions), on the CPU.
+@dataclass
+class Run:
+    """A task under way."""
 
-    Cached in `output` under a key of all they depend on; raises SettingsChanged if the key is another. Without
-    `output` they are kept in this process, so that many runs on the same pairs score them once. Several processes
-    share the work.
+    model: torch.nn.Module
+    task: Task
+    profile: Profile
+    accelerator: Accelerator
+    optimizer: torch.optim.Optimizer
+    options: dict  # of completion_logps; micro_tokens shrinks when memory runs out
+    history: list[dict] = field(default_factory=list)
+
+
+def fit(
+    model, tokenizer, task, profile, output, *, fresh=False, tracker=None, on_step=None, plain=None
+) -> list[dict]:
+    """Train the adapter in place and return the history, one dict a step.
+
+    output: folder for history.jsonl, adapter/ and checkpoints/; run again with the same settings it
+    resumes, and a finished run is loaded, not repeated. fresh: start over. tracker: one of
+    Accelerate's. on_step: called with the history after every step. plain: force (True) or forbid
+    (False) the plain form of the log-probs.
+    Raises SettingsChanged if `output` was made with other settings, what `preflight` finds wrong,
+    and KeyboardInterrupt on a signal, after the running step and a checkpoint.
     """
-    key = reference_key(model, tokenizer, items, profile)
-    cache = Path(output) / "reference.safetensors" if output else None
-    known_by = str((key, options_for(profile, tokenizer)))  # other rows round otherwise: no run's digits depend on an earlier one
-    if cache and not fresh and (cached := load_cache(cache, key)) is not None:
-        return cached
-    if not cache and (known := _SCORED.get(known_by)) is not None:
-        return known.clone()
-    accelerator = engine(model)
-    mine = range(accelerator.process_index, len(items), accelerator.num_processes)
-    logps = torch.zeros(len(items), len(items[0][1]))
-    if mine:
-        with as_reference(model):
-            logps[mine] = all_logps(model, [items[i] for i in mine], **options_for(profile, tokenizer)).float()
-    logps = accelerator.reduce(logps.to(accelerator.device), reduction="sum").cpu()
-    if cache and accelerator.is_main_process:
-        save_cache(cache, logps, key)
-    if not cache:
-        _SCORED[known_by] = logps.clone()
-    return logps
+    if not trainable(model):
+        raise RuntimeError("nothing is trainable: load the adapter with is_trainable=True")
+    accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=tracker, project_dir=output)
+    reason = why_plain(model) if plain is None else None
+    if reason:
+        accelerator.print(f"log-probs in the plain form, since {reason}")
+    options = {**options_for(profile, tokenizer), "plain": bool(plain or reason)}
+    optimizer = torch.optim.AdamW(trainable(model), weight_decay=0.0)
+    run = Run(model, task, profile, accelerator, optimizer, options)
+    folder = RunFolder(run, output, run_key(run, tokenizer))
+    folder.open(fresh)
+    if tracker:
+        config = {k: x for k, x in folder.key.items() if isinstance(x, int | float | str)}
+        accelerator.init_trackers("dpo_utils", config=config)
+    model.train()
+    steps = range(len(run.history) + 1, profile.steps + 1)
+    start = preflight.before_first_step(run) if steps and not run.history else None
+    silent = None if accelerator.is_main_process else True  # None: TQDM_DISABLE decides
+    with stop_signals() as caught:
+        for step in tqdm(steps, task.stage, profile.steps, initial=steps.start - 1, disable=silent):
+            numbers = step_items(step, len(task.items), profile.batch, profile.seed)
+            row = take_step(run, step, numbers)
+            if start and "nonfinite" not in row:
+                start = preflight.after_first_step(run, start, row["grad_norm"])
+            run.history.append(row)
+            folder.append(row)
+            accelerator.log({k: x for k, x in row.items() if isinstance(x, float)}, step=step)
+            if on_step:
+                on_step(run.history)
+            preflight.after_every_step(run, numbers)
+            stopping = any(gather_object([bool(caught)]))
+            if stopping or step == profile.steps or step % profile.checkpoint_every == 0:
+                folder.save()
+            if stopping:
+                raise KeyboardInterrupt(f"stopped after step {step}: run again to resume")
+    for started in accelerator.trackers:  # end_training would end the process group too
+        started.finish()
+    folder.close()
+    return run.history
 
 
-# --- from a shell -----------------------------------------------------------------------------------------------------
+def take_step(run: Run, step: int, numbers: list[int]) -> dict:
+    """One optimizer step on items, in place; returns its row. What is not finite is not applied."""
+    start, profile = time.perf_counter(), run.profile
+    rate = learning_rate_at(step, profile.steps, profile.learning_rate, profile.warmup)
+    epoch = round(step * profile.batch / len(run.task.items), 4)
+    means = _gradient(run, numbers)
+    norm = float(torch.nn.utils.clip_grad_norm_(trainable(run.model), profile.max_grad_norm))
+    finite = math.isfinite(means["loss"]) and math.isfinite(norm)
+    if finite:
+        for group in run.optimizer.param_groups:
+            group["lr"] = rate
+        run.optimizer.step()
+    run.optimizer.zero_grad()
+    result = {**means, "grad_norm": norm} if finite else {"nonfinite": True}
+    seconds = round(time.perf_counter() - start, 4)
+    return {"step": step, "epoch": epoch, "learning_rate": rate, **result, "seconds": seconds}
 
 
-def training_data(stage: str, profile: Profile, **options):
-    """(train, held out) of the profile's demonstrations or preferences; the split is by prompt.
+def _gradient(run: Run, numbers: list[int]) -> dict:
+    """The gradient of a step, in place, and the means of its metrics.
 
-    options: columns (by default those of `DPO_COLUMNS`) and on_error of `data.load_preferences`.
+    They do not depend on how the items are cut into micro-batches or shared by processes. Where
+    memory runs out, half the micro-batch is tried.
     """
-    if stage == "sft":
-        rows = load_demonstrations(profile.sft_dataset, revision=profile.sft_dataset_revision, **options)
-        return rows, None
-    if profile.dataset == "tiny":
-        return load_preferences("tiny"), load_preferences("tiny", split="test")
-    options["columns"] = options.get("columns") or columns_asked_for()
-    pairs = load_preferences(profile.dataset, revision=profile.dataset_revision, **options)
-    if profile.max_prompts and len(pairs) > profile.max_prompts:
-        pairs = pairs.shuffle(seed=0).select(range(profile.max_prompts))
-    return split_by_prompt(pairs, profile.held_out)
+    accelerator, options, weights = run.accelerator, run.options, trainable(run.model)
+    mine = numbers[accelerator.process_index :: accelerator.num_processes]
+    scale = make_plan(run.profile, run.model.device.type).loss_scale
+    while (sums := _backward(run, mine, run.task.weights[numbers].sum(), scale)) is None:
+        run.optimizer.zero_grad()
+        clear_device_cache(garbage_collection=True)
+        options["micro_tokens"] //= 2
+        options["row_tokens"] = min(options["row_tokens"], options["micro_tokens"])
+        print(f"out of memory: micro_tokens is now {options['micro_tokens']}, same gradient")
+    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
+    for weight, grad in zip(weights, accelerator.reduce(grads, reduction="sum"), strict=True):
+        weight.grad = grad / scale
+    shares = gather_object([sums])
+    names = dict.fromkeys(name for share in shares for name in share)
+    totals = {name: sum(share.get(name, 0.0) for share in shares) for name in names}
+    return {name: x if name == "loss" else x / len(numbers) for name, x in totals.items()}
 
 
-def _arguments(argv):
-    parser = argparse.ArgumentParser(prog="python -m dpo_utils.train", description="Train an adapter: SFT or DPO.")
-    parser.add_argument("stage", choices=["sft", "dpo"])
-    parser.add_argument("--profile", help="tiny, smollm2 or phi2")
-    parser.add_argument("--output", required=True, help="folder for history.jsonl, adapter/ and checkpoints/")
-    parser.add_argument("--adapter", help="directory of the adapter to start from; in DPO it is also the reference")
-    parser.add_argument("--data", help="preferences or demonstrations: a local file or a hub id")
-    named = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
-    parser.add_argument("--column", **named, help="a column's own name in the file, as in --column prompt=Question")
-    parser.add_argument("--on-error", choices=["raise", "skip"], default="raise", help="skip: bad rows are set aside, with reasons")
-    parser.add_argument(
-        "--target-modules", nargs="+", help="linear layers that get an adapter, for models other than the profile's"
-    )
-    parser.add_argument("--steps", type=int)
-    parser.add_argument("--batch", type=int)
-    parser.add_argument("--learning-rate", type=float)
-    parser.add_argument("--beta", type=float)
-    parser.add_argument("--loss", help="a name in dpo_utils.losses.LOSSES")
-    parser.add_argument("--seed", type=int)
-    parser.add_argument("--tracker", help="tensorboard, wandb or trackio")
-    parser.add_argument("--fresh", action="store_true", help="delete the run in the output folder and start over")
-    return parser.parse_args(argv)
+def _backward(run: Run, numbers: list[int], total, scale: float) -> dict | None:
+    """Backward through this process's items: sums of loss and metrics; None if out of memory."""
+    task, sums, items = run.task, {}, [run.task.items[i] for i in numbers]
+    try:
+        for places, logps in completion_logps(run.model, items, **run.options) if items else ():
+            chosen = [numbers[place] for place in places]
+            losses, metrics = task.objective(logps, chosen)
+            loss = (losses * task.weights[chosen].to(losses)).sum() / total
+            (loss * scale).backward()
+            for name, value in {"loss": loss.detach(), **metrics}.items():
+                sums[name] = sums.get(name, 0.0) + float(value.sum())
+    except RuntimeError as problem:
+        if not should_reduce_batch_size(problem) or run.options["micro_tokens"] <= 1:
+            raise
+        return None
+    return sums
 
 
-def _profile(args) -> Profile:
-    """The profile with the changes that the command line asks for."""
-    prefix = "sft_" if args.stage == "sft" else ""
-    changes = {prefix + "dataset": args.data, prefix + "steps": args.steps, prefix + "batch": args.batch}
-    changes |= {"target_modules": tuple(args.target_modules) if args.target_modules else None}
-    changes |= {prefix + "learning_rate": args.learning_rate, "beta": args.beta, "seed": args.seed, "loss": args.loss}
-    changes = {name: value for name, value in changes.items() if value is not None}
-    return load_profile(args.profile, **changes, **({prefix + "dataset_revision": None} if args.data else {}))
-
-
-def _train(args) -> None:
-    profile = _profile(args)
-    options = {"columns": dict(args.column) or None, "on_error": args.on_error}
-    train, held_out = training_data(args.stage, profile, **options)  # bad data stops here, before any model is loaded
-    accelerator = engine(torch.empty(0, device=make_plan(profile).device))
-    accelerator.print(describe(profile, args.stage), make_plan(profile), f"reference: {args.adapter or 'the base model'}", sep="\n")
-    accelerator.print(amount(train, held_out))
-    model, tokenizer = load_policy(profile, adapter=args.adapter)
-    run = train_sft if args.stage == "sft" else train_dpo
-    history = run(model, tokenizer, train, profile, args.output, fresh=args.fresh, tracker=args.tracker)
-    last = history[-1].get("loss", math.nan)
-    accelerator.print(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
-
-
-def amount(train, held_out=None) -> str:
-    """How much there is to train on; and, of preferences, how many rows contradict one another."""
-    if held_out is None:
-        return f"{len(train)} demonstrations"
-    line = f"{len(train)} pairs, {len(held_out)} more held out by prompt"
-    if conflicts := audit(concatenate_datasets([train, held_out])).noted["conflicting pair"]:
-        line += f"\n  {len(conflicts)} rows contradict another: `python -m dpo_utils.data audit` on the file lists them"
-    return line
+def arguments(argv=None) -> tuple[argparse.Namespace, Profile]:
+    """The command line, and the profile with the changes that it asks for."""
+    parser = argparse.ArgumentParser("python -m dpo_utils.train", description="Train an adapter.")
+    add = parser.add_argument
+    add("stage", choices=["sft", "dpo"])
+    add("--profile", help="tiny, smollm2 or phi2")
+    add("--output", required=True, help="folder for history.jsonl, adapter/ and checkpoints/")
+    add("--adapter", help="adapter to start from; in DPO it is also the reference")
+    add("--data", dest="dataset", help="preferences or demonstrations: a local file or a hub id")
+    columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
+    add("--column", **columns, help="a column's own name in the file: --column prompt=Question")
+    add("--on-error", choices=["raise", "skip"], default="raise", help="skip: set bad rows aside")
+    add("--target-modules", nargs="+", help="linear layers that get an adapter")
+    add("--loss", help="a name in dpo_utils.losses.LOSSES")
+    for name in ("steps", "batch", "seed"):
+        add(f"--{name}", type=int)
+    add("--learning-rate", type=float)
+    add("--beta", type=float)
+    add("--tracker", help="tensorboard, wandb or trackio")
+    add("--fresh", action="store_true", help="delete the run in the output folder and start over")
+    args = parser.parse_args(argv)
+    fields, prefix = Profile.__dataclass_fields__, "sft_" if args.stage == "sft" else ""
+    asked = {k: value for k, value in vars(args).items() if k in fields and value is not None}
+    changes = {prefix + k if prefix + k in fields else k: value for k, value in asked.items()}
+    profile = load_profile(args.profile, **changes)
+    needs_reference(profile.loss)  # refuses an unknown name now and not after a model is loaded
+    return args, profile
 
 
 def main(argv=None) -> None:
-    """The command line; the same under `accelerate launch` and `torchrun`. Exits with one line on what was foreseen."""
-    args = _arguments(argv)
+    """The command line, also under torchrun. Foreseen problems end in one line."""
     try:
-        _train(args)
+        args, profile = arguments(argv)
+        options = {"columns": dict(args.column) or None, "on_error": args.on_error}
+        rows, held_out = training_data(args.stage, profile, **options)  # before a model is loaded
+        plan, reference = make_plan(profile), f"reference: {args.adapter or 'the base model'}"
+        say = Accelerator(cpu=plan.device == "cpu").print
+        say(describe(profile, args.stage), plan, reference, sep="\n")
+        say(f"{len(rows)} rows to train on, {len(held_out or [])} more held out by prompt")
+        noted = audit(concatenate_datasets([rows, held_out])).noted if held_out else {}
+        if found := noted.get("conflicting pair"):
+            say(f"  {len(found)} rows contradict another: see `python -m dpo_utils.audit FILE`")
+        model, tokenizer = load_policy(profile, adapter=args.adapter)
+        options = {"fresh": args.fresh, "tracker": args.tracker}
+        train = {"sft": train_sft, "dpo": train_dpo}[args.stage]
+        history = train(model, tokenizer, rows, profile, args.output, **options)
+        last = history[-1].get("loss", math.nan)
+        say(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
     except KeyboardInterrupt as stop:
         print(str(stop) or "interrupted", file=sys.stderr)
         raise SystemExit(130) from None
     except (SettingsChanged, FloatingPointError, ValueError, OSError) as problem:
         raise SystemExit(f"{type(problem).__name__}: {problem}") from None
-    leave()
-
-
-def leave() -> None:
-    """End a run of several processes together, so that none waits for another that is gone."""
-    if torch.distributed.is_initialized():
-        torch.distributed.barrier()
-        torch.distributed.destroy_process_group()
+    PartialState().destroy_process_group()  # `fit` has waited for every process
 
 
 if __name__ == "__main__":

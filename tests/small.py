@@ -1,75 +1,58 @@
-"""Small random models of four architectures and random items, for tests."""
+"""Small random models and random items, for tests."""
 
 import random
 
 import torch
 from peft import LoraConfig, get_peft_model
-from transformers import (
-    AutoModelForCausalLM,
-    GPT2Config,
-    LlamaConfig,
-    PhiConfig,
-    Qwen2Config,
-)
+from torch.nn.functional import logsigmoid
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from dpo_utils.models import fuse_gelu, turn_dropout_off
+from dpo_utils.logps import completion_logps
+from dpo_utils.models import trainable, turn_dropout_off
 
 VOCABULARY = 97
-SHAPE = {
-    "vocab_size": VOCABULARY,
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-}
-IDS = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
-CONFIGS = {
-    "phi": lambda: PhiConfig(**SHAPE, **IDS, resid_pdrop=0.1, partial_rotary_factor=0.5),
-    "llama": lambda: LlamaConfig(**SHAPE, **IDS, num_key_value_heads=2, tie_word_embeddings=True),
-    "qwen2": lambda: Qwen2Config(**SHAPE, **IDS, num_key_value_heads=2),
-    "gpt2": lambda: GPT2Config(vocab_size=VOCABULARY, n_embd=32, n_layer=2, n_head=4, n_positions=512, **IDS),
-}
-TARGETS = {
-    "phi": ["q_proj", "k_proj", "v_proj", "dense", "fc1", "fc2"],
-    "llama": ["q_proj", "v_proj", "down_proj"],
-    "qwen2": ["q_proj", "v_proj", "down_proj"],
-    "gpt2": ["c_attn", "c_fc"],
-}
+SHAPE = {"vocab_size": VOCABULARY, "hidden_size": 32, "intermediate_size": 64}
+SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
+CONFIGS = {"llama": {"tie_word_embeddings": True}, "qwen2": {}, "gpt2": {}}
+CONFIGS["phi"] = {"num_key_value_heads": 4, "resid_pdrop": 0.1, "partial_rotary_factor": 0.5}
+TARGETS = "q_proj k_proj v_proj dense fc1 fc2 down_proj c_attn c_fc".split()  # where it has them
 
 
-def small_model(kind: str = "phi", dtype=torch.float64, attention: str = "sdpa", lora: bool = True, seed: int = 0):
-    """A random model whose adapter is not zero, so that log-probs depend on it."""
-    torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(CONFIGS[kind](), attn_implementation=attention).to(dtype)
+def random_model(kind: str, dtype=torch.float32, attention: str = "sdpa", **changes):
+    """A frozen model of a type, without dropout; large weights, so that it is not near uniform."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, **SHAPE | CONFIGS.get(kind, {}) | changes)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention).to(dtype)
+    for parameter in model.requires_grad_(False).parameters():
+        parameter.mul_(3.0 if parameter.dim() > 1 else 1.0)
     turn_dropout_off(model)
-    if dtype == torch.float64:
-        keep_float64(model)
-    fuse_gelu(model)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.mul_(3.0) if parameter.dim() > 1 else None  # logits far from uniform
-    if not lora:
-        return model
-    model = get_peft_model(model.requires_grad_(False), LoraConfig(r=4, target_modules=TARGETS[kind], task_type="CAUSAL_LM"))
-    with torch.no_grad():
-        for name, parameter in model.named_parameters():
-            if "lora_" in name:
-                parameter.data = torch.randn_like(parameter, dtype=dtype) * 0.1
     return model
 
 
-def keep_float64(model) -> None:
-    """Llama's and Qwen2's own RMSNorm goes through float32; PyTorch's is the same function in full precision."""
-    for module in model.modules():
+def small_model(kind: str = "phi", dtype=torch.float64, attention: str = "sdpa", **changes):
+    """The same with an adapter that is not zero, as PEFT wraps it: log-probs depend on it."""
+    model = random_model(kind, dtype, attention, **changes)
+    for module in list(model.modules()) if dtype == torch.float64 else ():
         for name, child in module.named_children():
-            if type(child).__name__.endswith("RMSNorm"):
-                exact = torch.nn.RMSNorm(child.weight.shape, eps=child.variance_epsilon, dtype=torch.float64)
-                exact.weight = child.weight
-                setattr(module, name, exact)
+            if type(child).__name__.endswith("RMSNorm"):  # Llama's own goes through float32
+                exact = torch.nn.RMSNorm(child.weight.shape, child.variance_epsilon, dtype=dtype)
+                setattr(module, name, exact.requires_grad_(False))  # both have weights of one
+    lora = LoraConfig(r=4, target_modules=TARGETS, task_type="CAUSAL_LM")
+    return moved(get_peft_model(model, lora), dtype)
+
+
+def moved(model, dtype=torch.float32):
+    """Its adapter moved in place, as after training: B is no longer zero."""
+    generator = torch.Generator().manual_seed(1)
+    for parameter in trainable(model):
+        step = 0.05 * torch.randn(parameter.shape, generator=generator)
+        parameter.data = (parameter + step).to(dtype)
+    return model
 
 
 def random_items(n: int, seed: int = 0, prompt=(3, 20), completion=(1, 15), head: int = 0):
-    """n items of random ids with two completions each; `head` ids are shared by all prompts."""
+    """n items of random ids with two completions each; all prompts begin with `head` ids."""
     rng = random.Random(seed)
 
     def ids(low, high):
@@ -77,3 +60,14 @@ def random_items(n: int, seed: int = 0, prompt=(3, 20), completion=(1, 15), head
 
     shared = ids(head, head)
     return [(shared + ids(*prompt), [ids(*completion), ids(*completion)]) for _ in range(n)]
+
+
+def logps_and_gradients(model, items, plain=None, micro_tokens=300, row_tokens=60):
+    """Log-probs (items, completions), and the gradients of a DPO-like loss, one a weight."""
+    model.zero_grad()
+    out = torch.zeros(len(items), len(items[0][1]), dtype=torch.float64)
+    options = {"pad_id": 2, "micro_tokens": micro_tokens, "row_tokens": row_tokens}
+    for numbers, logps in completion_logps(model, items, plain=plain, **options):
+        (-logsigmoid(0.1 * (logps[:, 0] - logps[:, 1])).sum() / len(items)).backward()
+        out[numbers] = logps.detach().double()
+    return out, [p.grad.clone() for p in trainable(model)]

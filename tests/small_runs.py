@@ -1,4 +1,4 @@
-"""Small whole runs on the bundled model, for tests of training: ten pairs, a few steps, in milliseconds each."""
+"""Small whole runs on the bundled model: ten pairs, a few steps, milliseconds each."""
 
 import contextlib
 import os
@@ -11,15 +11,14 @@ from dpo_utils.models import trainable
 from dpo_utils.profiles import load_profile
 from dpo_utils.train import train_dpo, train_sft, training_data
 
-CHANGES = {
-    "beta": 0.1, "learning_rate": 1e-3,  # fixed, whatever the tiny profile says
-    "batch": 4, "steps": 7, "checkpoint_every": 3, "sft_batch": 4, "sft_steps": 5, "warmup": 0.3,
-}  # fmt: skip
+# Whatever the tiny profile says. 4 pairs a step out of 10: no epoch ends with a step.
+SHORT = {"beta": 0.1, "learning_rate": 1e-3, "batch": 4, "steps": 7, "checkpoint_every": 3}
+SHORT |= {"sft_batch": 4, "sft_steps": 5, "warmup": 0.3}
 
 
 def profile(**changes):
-    """Tiny, shortened: 4 pairs a step out of 10, so that no epoch ends with a step."""
-    return load_profile("tiny", **{**CHANGES, **changes})
+    """The tiny profile, shortened."""
+    return load_profile("tiny", **{**SHORT, **changes})
 
 
 @cache
@@ -70,11 +69,11 @@ def child(work):
     """Run `work` in a forked process that shares everything loaded so far; gives its process id."""
     pid = os.fork()
     if pid == 0:
-        with open(os.devnull, "w") as null:
-            os.dup2(null.fileno(), 1)
-            os.dup2(null.fileno(), 2)
         status = 1
         try:
+            with open(os.devnull, "w") as null:
+                os.dup2(null.fileno(), 1)
+                os.dup2(null.fileno(), 2)
             work()
             status = 0
         except KeyboardInterrupt:

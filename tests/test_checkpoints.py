@@ -1,298 +1,389 @@
-"""A checkpoint is whole or is not chosen: whatever is broken, whenever the process dies, however full the disk."""
+"""A run that is killed, damaged or out of disk, and run again, gives what it gives when left alone.
+
+DPO_KILLS sets how many random moments are tried: `DPO_KILLS=200 pytest tests/test_checkpoints.py`.
+"""
 
 import errno
 import json
 import os
-import pickle
+import random
+import resource
 import shutil
 import signal
+import time
 import warnings
 
 import pytest
 import torch
-from small_runs import child, ended
+from small_runs import adapter_bytes, child, demonstrations, dpo, ended, numbers, pairs, policy, sft
+from small_runs import profile as small_profile
 
-from dpo_utils import checkpoints as C
+from dpo_utils import checkpoints, reference, train
+from dpo_utils.checkpoints import SettingsChanged, read_history, read_tensors, write_tensors
+from dpo_utils.logps import all_logps, options_for
+from dpo_utils.tokens import as_item, tokenize_all
+from dpo_utils.train import train_dpo, train_sft
 
+KILLS = int(os.environ.get("DPO_KILLS", 6))
 KEY = {"beta": 0.1, "data": "abc"}
 
 
-def weights(step):
-    return {"a.lora_A": torch.full((4, 8), float(step)), "a.lora_B": torch.arange(8.0) + step}
+def profile(**changes):
+    """Steps of 4 out of 10 pairs in several micro-batches, a checkpoint every second step."""
+    changes = {"steps": 9, "sft_steps": 9, "checkpoint_every": 2, **changes}
+    return small_profile(**{"micro_tokens": 120, "row_tokens": 60, **changes})
 
 
-def state(step):
-    parameter = torch.nn.Parameter(torch.ones(3))
-    optimizer = torch.optim.AdamW([parameter], lr=0.1)
-    parameter.grad = torch.full((3,), float(step))
-    optimizer.step()
-    return optimizer.state_dict()
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory):
+    """The profile on a model with dropout in its config, as Phi-2 has it."""
+    folder = tmp_path_factory.mktemp("model") / "dropout"
+    shutil.copytree(profile().model, folder)
+    config = json.loads((folder / "config.json").read_text())
+    config |= {"resid_pdrop": 0.1, "embd_pdrop": 0.1, "attention_dropout": 0.1}
+    (folder / "config.json").write_text(json.dumps(config))
+    return profile(model=str(folder))
 
 
-def save(folder, step, **options):
-    return C.save(folder, step, weights(step), state(step), [{"step": n + 1} for n in range(step)], KEY, **options)
+@pytest.fixture(scope="module")
+def left_alone(settings, tmp_path_factory):
+    """{run: (history, adapter bytes)} of runs that nobody killed."""
+    found = {}
+    for run in (dpo, sft):
+        folder = tmp_path_factory.mktemp("alone")
+        found[run] = numbers(run(folder, settings)[0]), adapter_bytes(folder)
+    return found
 
 
-def test_what_is_saved_comes_back(tmp_path):
-    save(tmp_path, 3)
-    key, loaded, optimizer_state, history = C.load(C.newest(tmp_path))
-    assert key == KEY and [row["step"] for row in history] == [1, 2, 3]
-    assert all(torch.equal(loaded[name], value) for name, value in weights(3).items())
-    assert torch.equal(optimizer_state["state"][0]["exp_avg"], torch.full((3,), 0.3))  # (1 - 0.9) * gradient 3
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """The folder of a finished run."""
+    folder = tmp_path_factory.mktemp("finished")
+    dpo(folder, profile())
+    return folder
 
 
-def test_at_most_keep_checkpoints_and_the_newest_ones(tmp_path):
-    for step in (1, 2, 3, 4):
-        save(tmp_path, step, keep=2)
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000003", "step-000004"]
-    with pytest.raises(ValueError, match="keep must be at least 1"):
-        save(tmp_path, 5, keep=0)
+def same(run, folder, settings, left_alone):
+    history, _ = run(folder, settings)
+    assert (numbers(history), adapter_bytes(folder)) == left_alone[run]
+    assert read_history(folder) == history
+
+
+def names(folder):
+    return sorted(path.stem for path in (folder / "checkpoints").iterdir())
+
+
+def at(step, act):
+    """An `on_step` that acts once after a step."""
+    return lambda history: len(history) == step and act()
+
+
+def send(number):
+    return lambda: os.kill(os.getpid(), number)
+
+
+# --- killed, stopped, interrupted -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("run, after", [(dpo, 1), (dpo, 4), (dpo, 9), (sft, 5)])
+def test_killed_right_after_a_step(run, after, tmp_path, settings, left_alone):
+    with child(lambda: run(tmp_path, settings, on_step=at(after, send(signal.SIGKILL)))) as pid:
+        assert ended(pid) == -signal.SIGKILL
+    assert len(read_history(tmp_path)) == after
+    same(run, tmp_path, settings, left_alone)
+
+
+def test_killed_at_random_moments_again_and_again(tmp_path, settings, left_alone):
+    """At any moment of the run, from its first file to its last, until one try gets through."""
+    rng, start = random.Random(os.environ.get("DPO_SEED", "kill")), time.perf_counter()
+    with child(lambda: dpo(tmp_path / "timed", settings)) as pid:
+        assert ended(pid) == 0
+    whole, kills = time.perf_counter() - start, 0
+    while kills < KILLS:
+        alive = True
+        while alive:
+            with child(lambda: dpo(tmp_path / "killed", settings)) as pid:
+                time.sleep(rng.uniform(0.1, 1.0) * whole)
+                os.kill(pid, signal.SIGKILL)
+                alive = ended(pid) == -signal.SIGKILL
+            kills += alive
+        same(dpo, tmp_path / "killed", settings, left_alone)
+        shutil.rmtree(tmp_path / "killed")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_stops_after_the_running_step_with_a_checkpoint(
+    number, tmp_path, settings, monkeypatch, left_alone
+):
+    before, real = signal.getsignal(signal.SIGINT), train.take_step
+
+    def interrupted(run, step, items):
+        if step == 3:
+            os.kill(os.getpid(), number)
+        return real(run, step, items)
+
+    monkeypatch.setattr(train, "take_step", interrupted)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 3: run again to resume"):
+        dpo(tmp_path, settings)
+    assert names(tmp_path) == ["step-000002", "step-000003"]
+    assert signal.getsignal(signal.SIGINT) is before
+    monkeypatch.undo()
+    same(dpo, tmp_path, settings, left_alone)
+
+
+def test_a_second_signal_stops_at_once(tmp_path, settings, left_alone):
+    twice = at(5, lambda: [send(signal.SIGINT)() for _ in range(2)])
+    with pytest.raises(KeyboardInterrupt, match="stopped at once"):
+        dpo(tmp_path, settings, on_step=twice)
+    assert names(tmp_path)[-1] == "step-000004"
+    same(dpo, tmp_path, settings, left_alone)
+
+
+def test_sigterm_ends_the_command_with_130(tmp_path):
+    short = "sft --profile tiny --steps 4 --batch 2 --output".split()
+    real = train.take_step
+
+    def work():
+        train.take_step = lambda run, step, n: (step == 2 and send(15)(), real(run, step, n))[1]
+        try:
+            train.main([*short, str(tmp_path)])
+        except SystemExit as stop:
+            os._exit(stop.code)
+
+    with child(work) as pid:
+        assert ended(pid) == 130
+    assert names(tmp_path) == ["step-000002"]
+
+
+def test_the_cell_run_again_with_the_model_in_memory_resumes(tmp_path, settings, left_alone):
+    model, tokenizer = policy(settings)  # in a notebook it is still there, trained half way
+    with pytest.raises(ZeroDivisionError):
+        train_dpo(model, tokenizer, pairs(), settings, tmp_path, on_step=at(3, lambda: 1 / 0))
+    history = train_dpo(model, tokenizer, pairs(), settings, tmp_path)
+    assert (numbers(history), adapter_bytes(tmp_path)) == left_alone[dpo]
+
+
+def test_dpo_killed_after_sft_keeps_the_sft_reference(tmp_path, settings):
+    def pipeline(folder, **options):
+        model, tokenizer = policy(settings)
+        train_sft(model, tokenizer, demonstrations(), settings, folder / "sft")
+        model, tokenizer = policy(settings, adapter=folder / "sft" / "adapter")
+        return train_dpo(model, tokenizer, pairs(), settings, folder / "dpo", **options)
+
+    alone = numbers(pipeline(tmp_path / "alone"))
+    assert alone[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)
+    with child(lambda: pipeline(tmp_path / "killed", on_step=at(5, send(9)))) as pid:
+        assert ended(pid) == -signal.SIGKILL
+    assert numbers(pipeline(tmp_path / "killed")) == alone
+    assert adapter_bytes(tmp_path / "killed" / "dpo") == adapter_bytes(tmp_path / "alone" / "dpo")
+
+
+# --- damage and full disks ------------------------------------------------------------------------
 
 
 def truncate(path):
-    path.write_bytes(path.read_bytes()[:-1])
+    path.write_bytes(path.read_bytes()[:-3])
 
 
-def flip(path):
-    data = bytearray(path.read_bytes())
-    data[len(data) // 2] ^= 1
-    path.write_bytes(data)
-
-
-def delete(path):
-    path.unlink()
-
-
-def swap(path):
-    """Put the same file of the older checkpoint in its place."""
-    shutil.copy(path.parent.parent / "step-000001" / path.name, path)
-
-
-FILES = ["adapter.safetensors", "optimizer.pt", "history.jsonl", "manifest.json"]
-
-
-@pytest.mark.parametrize("file", FILES)
-@pytest.mark.parametrize("harm", [truncate, flip, delete, swap])
-def test_a_broken_file_falls_back_to_the_whole_one_and_is_named(tmp_path, file, harm):
-    save(tmp_path, 1)
-    broken = save(tmp_path, 2)
-    harm(broken / file)
-    with pytest.warns(UserWarning, match=f"step-000002/{file}"):
-        assert C.newest(tmp_path).name == "step-000001"
-
-
-def test_every_single_bit_of_the_manifest_counts(tmp_path):
-    path = save(tmp_path, 1) / C.MANIFEST
-    whole = path.read_bytes()
-    for place in range(0, len(whole) - 1, 7):
-        data = bytearray(whole)
-        data[place] ^= 1
+def flip(place):
+    def harm(path):
+        data = bytearray(path.read_bytes())
+        data[place if place >= 0 else len(data) + place] ^= 1
         path.write_bytes(data)
-        same = _parsed(bytes(data)) == _parsed(whole)  # white space may change
-        assert same or C.damage(path.parent), place
+
+    return harm
 
 
-def _parsed(data):
-    try:
-        return json.loads(data)
-    except ValueError:
-        return None
+HARMS = {"cut short": truncate, "header": flip(3), "key": flip(90), "weights": flip(-5000)}
 
 
-def test_checkpoints_that_changed_places_are_refused(tmp_path):
-    old, new = save(tmp_path, 1), save(tmp_path, 2)
-    new.rename(tmp_path / "aside")
-    old.rename(tmp_path / "step-000002")
-    (tmp_path / "aside").rename(tmp_path / "step-000001")
-    with pytest.warns(UserWarning, match="passed over"):
-        assert C.newest(tmp_path) is None
-
-
-def test_broken_newer_ones_do_not_push_out_the_whole_one(tmp_path):
-    save(tmp_path, 2)
-    truncate(save(tmp_path, 9) / "optimizer.pt")
-    save(tmp_path, 3)
+@pytest.mark.parametrize("harm", HARMS)
+def test_a_damaged_newest_checkpoint_costs_steps_but_not_the_result(
+    harm, tmp_path, settings, left_alone
+):
+    with pytest.raises(KeyboardInterrupt):
+        dpo(tmp_path, settings, on_step=at(7, send(signal.SIGTERM)))
+    HARMS[harm](tmp_path / "checkpoints" / "step-000007.safetensors")
+    with pytest.warns(UserWarning, match="step-000007.safetensors is not what was written"):
+        same(dpo, tmp_path, settings, left_alone)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        assert C.newest(tmp_path).name == "step-000003"
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-000002", "step-000003"]
+        warnings.filterwarnings("error", message=".*not what was written")  # it is gone
+        same(dpo, tmp_path, settings, left_alone)
 
 
-def test_a_pickle_that_would_run_code_is_not_run(tmp_path):
-    class Evil:
-        def __reduce__(self):
-            return os.mkdir, (str(tmp_path / "owned"),)
-
-    checkpoint = save(tmp_path / "checkpoints", 1)
-    torch.save({"state": Evil()}, checkpoint / "optimizer.pt")
-    with pytest.raises(pickle.UnpicklingError):
-        C.load(checkpoint)
-    assert not (tmp_path / "owned").exists()
-
-
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_nothing_that_is_not_finite_is_saved(tmp_path, value):
-    save(tmp_path, 1)
-    bad = weights(2)
-    bad["a.lora_B"][3] = value
-    with pytest.raises(FloatingPointError, match=r"step 2: a\.lora_B is not finite"):
-        C.save(tmp_path, 2, bad, state(2), [], KEY)
-    assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
+def test_every_byte_of_a_small_file_counts(tmp_path):
+    path = tmp_path / "x.safetensors"
+    write_tensors(path, {"a": torch.arange(3.0), "b": torch.ones(2, 2)}, {"key": KEY})
+    whole, tensors = path.read_bytes(), read_tensors(path)[0]
+    assert torch.equal(tensors["a"], torch.arange(3.0))
+    for place in range(len(whole)):
+        flip(place)(path)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = read_tensors(path)
+        assert found is None or whole[place : place + 1].isspace(), place
+        path.write_bytes(whole)
 
 
-# --- a full disk ------------------------------------------------------------------------------------------------------
+def test_two_checkpoints_stay_and_none_that_is_not_finite(tmp_path, settings):
+    def spoil(run):
+        next(p for p in run.values()).data[0, 0] = float("nan")
+
+    dpo(tmp_path, settings)
+    assert names(tmp_path) == ["step-000008", "step-000009"]
+    model, tokenizer = policy(settings)
+    weights = {n: p for n, p in model.named_parameters() if p.requires_grad}
+    with pytest.raises(FloatingPointError, match="step 4: .* is not finite, nothing was saved"):
+        on_step = at(4, lambda: spoil(weights))
+        train_dpo(model, tokenizer, pairs(), settings, tmp_path / "nan", on_step=on_step)
+    assert names(tmp_path / "nan") == ["step-000002"]
 
 
-class FullDisk:
-    """`open` for a disk with so many bytes left."""
+def test_a_full_disk_stops_with_the_numbers_and_resumes(
+    tmp_path, settings, left_alone, monkeypatch
+):
+    real = os.fsync
 
-    def __init__(self, left):
-        self.left = left
-
-    def __call__(self, path, mode="r", *rest):
-        file = open(path, mode, *rest)
-        if "r" not in mode:
-            write, file = file.write, _Limited(file, self)
-            file.really = write
-        return file
-
-
-class _Limited:
-    def __init__(self, file, disk):
-        self.file, self.disk = file, disk
-
-    def __enter__(self):
-        self.file.__enter__()
-        return self
-
-    def __exit__(self, *problem):
-        return self.file.__exit__(*problem)
-
-    def __getattr__(self, name):
-        return getattr(self.file, name)
-
-    def write(self, data):
-        fits = data[: max(0, self.disk.left)]
-        self.disk.left -= len(fits)
-        self.really(fits)
-        if len(fits) < len(data):
+    def full(handle):
+        if os.fstat(handle).st_size > 500_000 and len(read_history(tmp_path)) > 5:
             raise OSError(errno.ENOSPC, "No space left on device")
+        real(handle)
+
+    monkeypatch.setattr(checkpoints.os, "fsync", full)
+    said = "disk full: .* needs 1,[0-9,]+ bytes, [0-9,]+ are free. What was saved before is whole"
+    with pytest.raises(OSError, match=said):
+        dpo(tmp_path, settings)
+    monkeypatch.undo()
+    assert names(tmp_path) == ["step-000002", "step-000004"]  # and no half written file
+    same(dpo, tmp_path, settings, left_alone)
 
 
-def test_a_full_disk_gives_the_numbers_and_keeps_the_last_checkpoint(tmp_path, monkeypatch):
-    size = sum(p.stat().st_size for p in save(tmp_path, 1).iterdir())
-    before = {p: p.read_bytes() for p in (tmp_path / "step-000001").iterdir()}
-    for left in range(0, size, size // 12):
-        with monkeypatch.context() as patch:
-            patch.setattr(C, "open", FullDisk(left), raising=False)
-            message = f"disk full: {tmp_path} needs [0-9,]+ bytes, [0-9,]+ are free. What was saved before is whole"
-            with pytest.raises(OSError, match=message) as problem:
-                save(tmp_path, 2)
-        needed = int(str(problem.value).split("needs ")[1].split(" bytes")[0].replace(",", ""))
-        assert problem.value.errno == errno.ENOSPC and 0 <= needed - size < 20  # step 2 has one row more
-        assert [p.name for p in tmp_path.iterdir()] == ["step-000001"]
-    assert C.newest(tmp_path).name == "step-000001"
-    assert {p: p.read_bytes() for p in (tmp_path / "step-000001").iterdir()} == before
+def test_a_write_that_is_killed_at_any_touch_of_the_disk_leaves_the_old_or_the_new_file(tmp_path):
+    path, old, new = tmp_path / "x.safetensors", {"a": torch.zeros(9)}, {"a": torch.ones(9)}
+    seen = []
+    for touch in ("fsync", "replace", "unlink", None):
+        write_tensors(path, old, KEY)
+
+        def work(touch=touch):
+            if touch:
+                setattr(os, touch, lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+            write_tensors(path, new, KEY)
+
+        with child(work) as pid:
+            ended(pid)
+        seen.append(float(read_tensors(path)[0]["a"][0]))
+    assert seen == [0.0, 0.0, 1.0, 1.0]
 
 
-def test_other_write_errors_stay_what_they_are(tmp_path, monkeypatch):
-    def no_permission(*_):
-        raise PermissionError(errno.EACCES, "Permission denied")
+def test_the_size_limit_of_a_file_is_an_error_of_the_system(tmp_path):
+    def work():
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        try:
+            write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(99)}, KEY)
+        except OSError as problem:
+            os._exit(problem.errno)
 
-    monkeypatch.setattr(C, "open", no_permission, raising=False)
-    with pytest.raises(PermissionError, match="Permission denied"):
-        save(tmp_path, 1)
+    with child(work) as pid:
+        assert ended(pid) == errno.EFBIG
     assert list(tmp_path.iterdir()) == []
 
 
-# --- killed while writing ---------------------------------------------------------------------------------------------
+# --- the same run, or another? --------------------------------------------------------------------
 
 
-def die():
-    os.kill(os.getpid(), signal.SIGKILL)
+@pytest.mark.parametrize("run", [dpo, sft])
+def test_a_finished_run_is_loaded_not_repeated(tmp_path, monkeypatch, capsys, run):
+    history, weights = run(tmp_path)
+    whole = adapter_bytes(tmp_path)
+    (tmp_path / "adapter" / "adapter_model.safetensors").write_bytes(whole[:1000])
+    (tmp_path / "thesis.txt").write_text("mine")
+    monkeypatch.setattr(train, "take_step", None)
+    again, same_weights = run(tmp_path)
+    assert again == history and adapter_bytes(tmp_path) == whole
+    assert all(torch.equal(a, b) for a, b in zip(weights, same_weights, strict=True))
+    assert "this run is finished" in capsys.readouterr().out
+    monkeypatch.undo()
+    afresh, _ = run(tmp_path, fresh=True)
+    assert numbers(afresh) == numbers(history) and afresh != history  # other wall times
+    assert (tmp_path / "thesis.txt").read_text() == "mine"
 
 
-class Fuse:
-    """Kills the process at the n-th touch of the disk; half of what is being written gets there."""
-
-    def __init__(self, touches):
-        self.touches = touches
-
-    def burn(self):
-        self.touches -= 1
-        if self.touches == 0:
-            die()
-
-    def around(self, function):
-        def touched(*arguments, **options):
-            self.burn()
-            return function(*arguments, **options)
-
-        return touched
-
-    def install(self):
-        for module, name in ((os, "fsync"), (os, "replace"), (os, "unlink"), (os, "rmdir"), (os, "mkdir")):
-            setattr(module, name, self.around(getattr(module, name)))
-
-        def opened(path, mode="r", *rest):
-            file = open(path, mode, *rest)
-            if "r" in mode:
-                return file
-            limited, half = _Limited(file, self), lambda data: len(data) // 2
-            limited.write = lambda data: (
-                file.write(data[: half(data)]), file.flush(), self.burn(), file.write(data[half(data) :])
-            )  # fmt: skip
-            return limited
-
-        C.open = opened
+OTHER_PAIRS = [{**row, "chosen": row["chosen"].replace(".", "!")} for row in pairs()]
+HASH = "'[0-9a-f]{16}'"
+CHANGES = {
+    "beta: was 0.1, is 0.3": {"beta": 0.3},
+    "seed: was 0, is 1": {"seed": 1},
+    "learning_rate: was 0.001, is 0.002": {"learning_rate": 2e-3},
+    "steps: was 9, is 11": {"steps": 11},
+    "loss: was 'dpo', is 'ipo'": {"loss": "ipo"},
+    "lora_r: was 16, is 8": {"lora_r": 8},
+    "quantised: was True, is False": {"quantize": False},
+    f"revision: was None, is '{'a' * 40}'": {"revision": "a" * 40},
+    "max_length: was 128, is 64": {"max_length": 64},
+    f"data: was {HASH}, is {HASH}": {},
+}
 
 
-def test_killed_at_every_single_touch_of_the_disk(tmp_path):
-    """At whichever moment: the old or the new checkpoint is found, whole, without a warning, and saving goes on."""
-    found = []
-    for touches in range(1, 100):
-        folder = tmp_path / str(touches)
-        save(folder, 1), save(folder, 2)
-
-        def work(folder=folder, touches=touches):
-            Fuse(touches).install()
-            save(folder, 3)
-
-        with child(work) as pid:
-            status = ended(pid)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error")
-            found.append(C.load(C.newest(folder))[3][-1]["step"])
-        assert not any(C.damage(path) for path in folder.glob(C.STEP))
-        save(folder, found[-1] + 1)
-        assert len(list(folder.iterdir())) == 2
-        if status == 0:
-            break
-        assert status == -signal.SIGKILL
-    assert found == sorted(found) and found[0] == 2 and found[-1] == 3
-    assert 15 < len(found) < 99, "the fuse saw every touch, and the last one was past the end"
+@pytest.mark.parametrize("line", CHANGES)
+def test_changed_settings_refuse_and_print_the_difference(finished, line):
+    before = (finished / "history.jsonl").read_bytes()
+    message = rf"made with other settings; pass fresh=True[\s\S]*\n  {line}"
+    with pytest.raises(SettingsChanged, match=message):
+        dpo(finished, profile(**CHANGES[line]), None if CHANGES[line] else OTHER_PAIRS)
+    assert (finished / "history.jsonl").read_bytes() == before
 
 
-# --- the cached tensor ------------------------------------------------------------------------------------------------
+def other_weight(model, tokenizer):
+    next(p for n, p in model.named_parameters() if "layernorm.weight" in n).data[1] *= 1.01
 
 
-def test_a_cached_tensor_is_guarded_by_its_key(tmp_path):
-    path, values = tmp_path / "reference.safetensors", torch.randn(5, 2)
-    assert C.load_cache(path, KEY) is None
-    C.save_cache(path, values, KEY)
-    assert torch.equal(C.load_cache(path, KEY), values)
-    with pytest.raises(C.SettingsChanged, match=r"reference\.safetensors .*\n  data: was 'abc', is 'xyz'$"):
-        C.load_cache(path, KEY | {"data": "xyz"})
+def other_scales(model, tokenizer):
+    next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax[1] += 1
 
 
-@pytest.mark.parametrize("harm", [truncate, flip])
-def test_a_broken_cache_is_computed_again(tmp_path, harm):
-    path = tmp_path / "reference.safetensors"
-    C.save_cache(path, torch.randn(500, 2), KEY)
-    harm(path)
-    with pytest.warns(UserWarning, match=r"reference\.safetensors is not what was written"):
-        assert C.load_cache(path, KEY) is None
+def other_template(model, tokenizer):
+    tokenizer.chat_template += "{# another #}"
 
 
-def test_differences_name_what_changed_and_what_is_new():
-    assert C.differences({"a": 1, "b": 2}, {"a": 1, "b": 3, "c": 4}) == ["b: was 2, is 3", "c: was None, is 4"]
+def other_vocabulary(model, tokenizer):
+    tokenizer.add_tokens(["zyzzyva"])
+
+
+@pytest.mark.parametrize("cached", [False, True], ids=["run", "cached reference"])
+@pytest.mark.parametrize(
+    "change, line",
+    [
+        (other_weight, "weights"),
+        (other_scales, "weights"),
+        (other_template, "template"),
+        (other_vocabulary, "tokenizer"),
+    ],
+)
+def test_another_model_tokenizer_or_template_refuses(finished, monkeypatch, change, line, cached):
+    model, tokenizer = policy(profile())
+    change(model, tokenizer)
+    if not cached:
+        monkeypatch.setattr(train, "reference_logps", lambda *_: torch.zeros(10, 2))
+    with pytest.raises(SettingsChanged, match=f"\n  {line}: was") as problem:
+        train_dpo(model, tokenizer, pairs(), profile(), finished)
+    assert ("reference.safetensors was made" in str(problem.value)) == cached
+
+
+def test_sft_does_not_mind_settings_of_dpo(tmp_path, capsys):
+    sft(tmp_path)
+    sft(tmp_path, small_profile(beta=0.5, loss="ipo"))
+    assert "this run is finished" in capsys.readouterr().out
+
+
+def test_the_reference_is_the_model_dpo_starts_from_and_is_kept(tmp_path, monkeypatch):
+    sft(tmp_path)
+    model, tokenizer = policy(adapter=tmp_path / "adapter")
+    items = [as_item(row) for row in tokenize_all(pairs(), tokenizer, 128)[0]]
+    start = all_logps(model, items, **options_for(small_profile(), tokenizer))
+    train_dpo(model, tokenizer, pairs(), small_profile(steps=2), tmp_path / "dpo")
+    kept, _ = read_tensors(tmp_path / "dpo" / "reference.safetensors")
+    assert torch.equal(kept["logps"], start)
+    monkeypatch.setattr(reference, "all_logps", None)  # not computed again
+    found = reference.reference_logps(model, tokenizer, items, small_profile(), tmp_path / "dpo")
+    assert torch.equal(found, start)

@@ -1,94 +1,58 @@
-"""Judges are asked blind and in both orders; an endpoint that misbehaves never stops a run without saying why."""
+"""Judges are asked blind and in both orders; no endpoint, crash or click loses a verdict."""
 
 import http.server
 import json
-import socket
 import threading
 
 import pytest
 import torch
 
 from dpo_utils import judges
+from dpo_utils.data import load_preferences
 from dpo_utils.evaluate import bootstrap
-from dpo_utils.judges import JudgeError, compare, http_judge, logprob_judge, reward_judge, win_rate
+from dpo_utils.judges import BlindChoice, JudgeError, compare, win_rate
 from dpo_utils.logps import plain_logps
+from dpo_utils.models import load_policy
 from dpo_utils.tokens import encode_completion, encode_prompt
 
-
-def longer(prompt, a, b):
-    """A judge by length, indifferent to places."""
-    return "tie" if len(a) == len(b) else "A" if len(a) > len(b) else "B"
-
-
-def always(verdict):
-    """A judge that does not read."""
-    return lambda prompt, a, b: verdict
+KEY = "sk-very-secret"
+N = 12
+NAMES = ("“question”\nü 漢\u2028", "the first", "the second one")  # any text comes back as it was
+TRIOS = [[f"{name} {i}" for i in range(N)] for name in NAMES]
 
 
-# --- both orders ------------------------------------------------------------------------------------------------------
-
-
-def test_a_pair_is_put_to_the_judge_in_both_orders_and_nothing_else_is_told():
+def test_a_judge_sees_both_orders_and_nothing_but_the_texts():
     asked = []
 
-    def judge(*question):
+    def longest(*question):
         asked.append(question)
-        return longer(*question)
+        return "A" if len(question[1]) > len(question[2]) else "B"
 
-    rows = compare(judge, ["q1", "q2"], ["long answer", "x"], ["short", "longer"])
-    assert asked == [("q1", "long answer", "short"), ("q1", "short", "long answer"), ("q2", "x", "longer"), ("q2", "longer", "x")]
-    assert rows == [
-        {"prompt": "q1", "score": 1.0, "agreed": True, "length": 6},
-        {"prompt": "q2", "score": 0.0, "agreed": True, "length": -5},
-    ]
+    rows = compare(longest, ["q", "r", "s"], ["long", "x", "same"], ["no", "yes", "same"])
+    assert asked == [("q", "long", "no"), ("q", "no", "long"), ("r", "x", "yes"), ("r", "yes", "x")]
+    columns = [tuple(row.values()) for row in rows]
+    assert columns == [("q", 1, True, 2), ("r", 0, True, -2), ("s", 0.5, True, 0)]
+    assert list(rows[0]) == ["prompt", "score", "agreed", "length"]
 
 
-@pytest.mark.parametrize(
-    ("verdicts", "score", "agreed"),
-    [
-        (("A", "B"), 1.0, True),
-        (("B", "A"), 0.0, True),
-        (("tie", "tie"), 0.5, True),
-        (("A", "A"), 0.5, False),
-        (("B", "B"), 0.5, False),
-        (("A", "tie"), 0.5, False),
-        (("tie", "A"), 0.5, False),
-    ],
-)
-def test_disagreement_between_the_orders_is_a_tie(verdicts, score, agreed):
-    said = iter(verdicts)
+@pytest.mark.parametrize("verdicts", ["A B", "B A", "tie tie", "A A", "B B", "A tie", "tie A"])
+def test_verdicts_that_contradict_each_other_are_a_tie(verdicts):
+    said = iter(verdicts.split())
     (row,) = compare(lambda *_: next(said), ["q"], ["one"], ["two"])
-    assert (row["score"], row["agreed"]) == (score, agreed)
-
-
-@pytest.mark.parametrize("letter", ["A", "B"])
-def test_a_taste_for_a_place_cancels_out(letter):
-    result = win_rate(compare(always(letter), ["q"] * 9, [f"long {i}" for i in range(9)], ["b"] * 9))
-    assert result["all"] == (0.5, 0.5, 0.5) and result["agreed"] == (0.0, 0.0, 0.0)
-
-
-def test_equal_answers_are_a_tie_and_not_asked():
-    def judge(*_):
-        raise AssertionError("asked about equal answers")
-
-    assert compare(judge, ["q"], ["same"], ["same"]) == [{"prompt": "q", "score": 0.5, "agreed": True, "length": 0}]
+    expected = {"A B": (1.0, True), "B A": (0.0, True), "tie tie": (0.5, True)}
+    assert (row["score"], row["agreed"]) == expected.get(verdicts, (0.5, False))
 
 
 @pytest.mark.parametrize("verdict", ["C", "a", "", None])
-def test_a_verdict_that_is_none_raises_and_names_the_prompt(verdict):
+def test_anything_but_a_verdict_raises_and_names_the_prompt(verdict):
     with pytest.raises(JudgeError, match="'why is the sky blue'.*A, B, tie"):
-        compare(always(verdict), ["why is the sky blue"], ["one"], ["two"])
+        compare(lambda *_: verdict, ["why is the sky blue"], ["one"], ["two"])
 
 
-def test_lists_of_unequal_length_are_refused():
-    with pytest.raises(ValueError):
-        compare(longer, ["q", "r"], ["one"], ["two"])
-
-
-def test_win_rate_in_all_and_by_length_with_intervals():
-    lengths, scores = [-30, -20, -2, 0, 3, 21, 40], [1, 0.5, 1, 0, 0, 0, 0.5]  # median 20: within 2 is about as long
-    rows = [{"length": n, "score": s, "agreed": s != 0.5} for n, s in zip(lengths, scores, strict=True)]
-    result = win_rate(rows)
+def test_win_rate_gives_intervals_in_all_and_by_length():
+    lengths, scores = [-30, -20, -2, 0, 3, 21, 40], [1, 0.5, 1, 0, 0, 0, 0.5]  # median 20
+    columns = zip(lengths, scores, strict=True)
+    result = win_rate([{"length": n, "score": s, "agreed": s != 0.5} for n, s in columns])
     assert result == {
         "all": bootstrap(scores),
         "shorter": bootstrap([1, 0.5]),
@@ -96,210 +60,194 @@ def test_win_rate_in_all_and_by_length_with_intervals():
         "longer": bootstrap([0, 0, 0.5]),
         "agreed": bootstrap([1, 0, 1, 1, 1, 1, 0]),
     }
-    assert result["all"][0] == pytest.approx(3 / 7) and result["all"][1] < 3 / 7 < result["all"][2]
-
-
-def test_an_empty_bucket_is_left_out_and_no_rows_raise():
     assert set(win_rate([{"length": 3, "score": 1, "agreed": True}])) == {"all", "longer", "agreed"}
     with pytest.raises(ValueError, match="nothing was judged"):
         win_rate([])
 
 
 def test_the_reward_judge_takes_the_higher_reward():
-    judge = reward_judge(lambda prompt, answer: float(answer == prompt))
-    assert [judge("x", "x", "y"), judge("x", "y", "x"), judge("x", "y", "z"), judge("x", "x", "x")] == ["A", "B", "tie", "tie"]
-
-
-# --- a local model ----------------------------------------------------------------------------------------------------
-
-
-def letter_gap(model, tokenizer, prompt, a, b):
-    """log p(A) - log p(B), by the definition."""
-    question = encode_prompt(judges.ASK.format(prompt=prompt, a=a, b=b, tie=""), tokenizer)
-    letters = [[encode_completion(letter, tokenizer)[0]] for letter in "AB"]
-    with torch.no_grad():
-        one, two = plain_logps(model, [(question, letters)], tokenizer.pad_token_id).tolist()
-    return one - two
+    judge = judges.reward_judge(lambda prompt, answer: float(answer == prompt))
+    assert [judge("x", *answers) for answers in ("xy", "yx", "yz")] == ["A", "B", "tie"]
 
 
 def test_the_local_judge_names_the_more_probable_letter(tiny):
-    from dpo_utils.models import load_policy
-
     model, tokenizer = load_policy(tiny)
-    question = ("What is the capital of Malta?", "By the atlas, it is Valletta.", "As they all say, it is Sliema.")
-    gap = letter_gap(model, tokenizer, *question)
-    verdict = "A" if gap > 0 else "B"
-    assert abs(gap) > 0.01
-    assert [logprob_judge(model, tokenizer)(*question) for _ in range(2)] == [verdict, verdict]
-    assert logprob_judge(model, tokenizer, tie=abs(gap) + 1e-3)(*question) == "tie"
-    assert logprob_judge(model, tokenizer, tie=abs(gap) - 1e-3)(*question) == verdict
-
-    head, ids = model.get_output_embeddings(), [encode_completion(letter, tokenizer)[0] for letter in "AB"]
-    with torch.no_grad():  # the letters change places in the head
-        for tensor in (head.weight, head.bias):
-            tensor[ids] = tensor[ids[::-1]]
-    assert letter_gap(model, tokenizer, *question) == pytest.approx(-gap, abs=1e-4)
-    assert logprob_judge(model, tokenizer)(*question) == {"A": "B", "B": "A"}[verdict]
+    question = {"prompt": "What is the capital of Malta?", "a": "It is Valletta.", "b": "Sliema."}
+    ids = encode_prompt(judges.ASK.format(**question, tie=""), tokenizer)
+    letters = [encode_completion(letter, tokenizer)[:1] for letter in "AB"]
+    with torch.no_grad():
+        one, two = plain_logps(model, [(ids, letters)], tokenizer.pad_token_id).tolist()
+        swapped = [letter for (letter,) in letters]
+        assert judges.logprob_judge(model, tokenizer)(**question) == ("A" if one > two else "B")
+        for tensor in model.get_output_embeddings().parameters():  # the letters change places
+            tensor[swapped] = tensor[swapped[::-1]]
+    assert judges.logprob_judge(model, tokenizer)(**question) == ("B" if one > two else "A")
 
 
-# --- an endpoint ------------------------------------------------------------------------------------------------------
-
-KEY = "sk-very-secret"
-
-
-def says(content, **more):
+def says(content):
     """A reply of the usual form."""
-    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content, **more}}]})
+    return 200, json.dumps({"choices": [{"message": {"role": "assistant", "content": content}}]})
 
 
 @pytest.fixture
 def server(monkeypatch):
-    """A stub on this machine: `replies` are (status, body[, headers]), the last again and again; `seen` what was asked."""
+    """A stub: `replies` are (status, body), the last again and again; `seen` is what it got."""
     monkeypatch.setenv("OPENAI_API_KEY", KEY)
     monkeypatch.setenv("no_proxy", "*")
-    over = threading.Event()
+    monkeypatch.setattr(judges.time, "sleep", lambda seconds: stub.pauses.append(seconds))
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_POST(self):
             body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-            stub.seen.append((self.path, dict(self.headers), body))
-            reply = stub.replies.pop(0) if len(stub.replies) > 1 else stub.replies[0]
-            if reply == "silence":
-                over.wait(10)
-                return
-            if reply == "noise":
-                self.wfile.write(b"not http at all\r\n\r\n")
-                return
-            status, text, *headers = reply
+            stub.seen.append((self.path, self.headers.get("Authorization"), body))
+            status, text = stub.replies.pop(0) if len(stub.replies) > 1 else stub.replies[0]
+            if text == "silence":
+                threading.Event().wait(0.5)
             self.send_response(status)
-            for name, value in dict(*headers).items():
-                self.send_header(name, value)
+            self.send_header("Location", "/elsewhere")
             self.end_headers()
             self.wfile.write(text.encode())
+
+        do_GET = do_POST
 
         def log_message(self, *_):
             pass
 
     stub = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    stub.replies, stub.seen, stub.url = [says("A")], [], f"http://127.0.0.1:{stub.server_port}/v1"
-    threading.Thread(target=stub.serve_forever, kwargs={"poll_interval": 0.01}, daemon=True).start()
+    stub.replies, stub.seen, stub.pauses = [says("A")], [], []
+    stub.url = f"http://127.0.0.1:{stub.server_port}/v1"
+    threading.Thread(target=stub.serve_forever, args=(0.01,), daemon=True).start()
     yield stub
-    over.set()
     stub.shutdown()
     stub.server_close()
 
 
 def ask(server, **options):
-    """One question to the stub, without pauses."""
-    return http_judge(server.url, "some-model", **{"pause": 0, "timeout": 5, **options})("the prompt", "the first", "the second")
+    """One question to the stub."""
+    return judges.http_judge(server.url, "some-model", **{"timeout": 5, **options})(
+        "why", "one", "two"
+    )
 
 
-def test_the_endpoint_gets_model_question_and_key(server):
-    server.url += "/"
-    assert ask(server) == "A"
-    ((path, headers, body),) = server.seen
-    assert path == "/v1/chat/completions"
-    assert headers["Authorization"] == f"Bearer {KEY}" and headers["Content-Type"] == "application/json"
-    (message,) = body["messages"]
-    assert body["model"] == "some-model" and body["temperature"] == 0 and message["role"] == "user"
-    assert "the prompt" in message["content"] and "A: the first" in message["content"] and "B: the second" in message["content"]
-    assert KEY not in json.dumps(body)
-
-
-def test_the_key_comes_from_the_variable_named_and_none_is_sent_without(server, monkeypatch):
+def test_the_endpoint_gets_model_question_and_key(server, monkeypatch):
     monkeypatch.setenv("MY_KEY", "other\n")
-    ask(server, key_variable="MY_KEY")
-    ask(server, key_variable="NOT_SET")
-    assert [headers.get("Authorization") for _, headers, _ in server.seen] == ["Bearer other", None]
+    monkeypatch.setenv("HF_TOKEN", "hf_not_for_others")
+    assert [ask(server), ask(server, key_variable="MY_KEY"), ask(server, key_variable="NO_KEY")]
+    assert [key for _, key, _ in server.seen] == [f"Bearer {KEY}", "Bearer other", None]
+    path, _, body = server.seen[0]
+    question = judges.ASK.format(prompt="why", a="one", b="two", tie=", or tie")
+    assert path == "/v1/chat/completions" and body["messages"][0]["content"] == question
+    assert body["model"] == "some-model" and body["temperature"] == 0
 
 
-@pytest.mark.parametrize(
-    ("content", "verdict"),
-    [
-        ("A", "A"), ("B.", "B"), ("**B**", "B"), ("Answer A", "A"), ("(B)", "B"), ("B, because it is true", "B"),
-        ("tie", "tie"), ("A or B", "tie"), ("neither", "tie"), ("Better", "tie"), ("", "tie"),
-    ],
-)  # fmt: skip
-def test_the_letter_is_read_from_the_reply(server, content, verdict):
-    server.replies = [says(content)]
-    assert ask(server) == verdict
+def test_the_letter_is_read_from_the_reply(server):
+    replies = {"A": "A", "Answer A": "A", "B.": "B", "**B**": "B", "B, because it is true": "B"}
+    replies |= dict.fromkeys(["tie", "A or B", "neither", "Better", "", None], "tie")
+    server.replies = [says(content) for content in replies]
+    assert [ask(server) for _ in replies] == list(replies.values())
+    assert len(server.seen) == len(replies)  # not even a refusal is asked again
 
 
-def test_a_refusal_is_a_tie_and_not_asked_again(server):
-    server.replies = [says(None, refusal="I cannot compare these.")]
-    assert ask(server) == "tie" and len(server.seen) == 1
+UNUSABLE = ["{not json", "[]", "{}", '{"choices": []}', '{"choices": [{"message": null}]}']
+TROUBLE = [(429, ""), (500, "oops"), *((200, text) for text in ["silence", *UNUSABLE])]
 
 
-def test_compare_with_an_endpoint_asks_in_both_orders(server):
-    judge = http_judge(server.url, "m", pause=0)
-    assert compare(judge, ["q"], ["one"], ["two"])[0]["agreed"] is False
-    first, second = (body["messages"][0]["content"] for *_, body in server.seen)
-    assert "A: one" in first and "A: two" in second
-
-
-UNUSABLE = [
-    "{not json", "[]", "{}", '{"choices": []}', '{"choices": null}', '{"choices": [{}]}',
-    '{"choices": [{"message": null}]}', '{"choices": [{"message": {"content": [{"text": "A"}]}}]}',
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("trouble", ["silence", "noise", (429, ""), (500, "oops"), (503, ""), *((200, text) for text in UNUSABLE)])
-def test_trouble_is_tried_again_and_then_forgotten(server, trouble):
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_trouble_is_tried_again_after_pauses_that_double(server, trouble):
+    timeout = 0.15 if "silence" in trouble else 5
     server.replies = [trouble, trouble, says("B")]
-    assert ask(server, timeout=0.15 if trouble == "silence" else 5) == "B"
-    assert len(server.seen) == 3
-
-
-@pytest.mark.parametrize("trouble", ["silence", (429, ""), (500, ""), (200, "{not json")])
-@pytest.mark.parametrize("retries", [0, 2])
-def test_trouble_that_stays_ends_after_the_retries_and_says_so(server, trouble, retries):
+    assert ask(server, timeout=timeout) == "B" and server.pauses == [0, 1, 2]
     server.replies = [trouble]
-    with pytest.raises(JudgeError, match=f"127.0.0.1.* nothing usable in {retries + 1} tries") as caught:
-        ask(server, retries=retries, timeout=0.15 if trouble == "silence" else 5)
-    assert len(server.seen) == retries + 1
-    assert KEY not in str(caught.value)
-    what = "timed out" if trouble == "silence" else "JSONDecodeError" if trouble[0] == 200 else f"status {trouble[0]}"
-    assert what in str(caught.value)
+    with pytest.raises(JudgeError, match="127.0.0.1.* nothing usable in 2 tries") as caught:
+        ask(server, timeout=timeout, retries=1)
+    assert KEY not in str(caught.value) and len(str(caught.value).splitlines()) == 1
 
 
-def test_the_pause_doubles(server, monkeypatch):
-    pauses = []
-    monkeypatch.setattr(judges.time, "sleep", pauses.append)
-    server.replies = [(500, "")]
-    with pytest.raises(JudgeError):
-        ask(server, retries=3, pause=0.5)
-    assert pauses == [0.5, 1.0, 2.0]
-
-
-@pytest.mark.parametrize("status", [400, 401, 404])
-def test_a_no_is_not_asked_again_and_the_message_names_the_variable_not_the_key(server, status):
-    server.replies = [(status, f"wrong key {KEY}")]
+@pytest.mark.parametrize("status", [302, 307, 400, 401])
+def test_a_refusal_or_redirect_ends_at_once_and_the_key_goes_nowhere(server, status):
+    server.replies = [(status, f"wrong key {KEY}"), says("A")]
     with pytest.raises(JudgeError, match=f"status {status}.*OPENAI_API_KEY") as caught:
         ask(server)
     assert len(server.seen) == 1 and KEY not in str(caught.value)
 
 
-def test_the_key_does_not_follow_a_redirect(server):
-    server.replies = [(302, "", {"Location": f"{server.url}/elsewhere"}), says("A")]
-    with pytest.raises(JudgeError, match="status 302"):
-        ask(server)
-    assert len(server.seen) == 1
-
-
 @pytest.mark.parametrize("bad", [f"{KEY}\n{KEY}", f"{KEY}…"])
-def test_a_key_that_cannot_be_sent_is_not_quoted(server, monkeypatch, bad):
+def test_a_key_that_no_header_can_carry_is_not_quoted(server, monkeypatch, bad):
     monkeypatch.setenv("OPENAI_API_KEY", bad)
     with pytest.raises(JudgeError, match="OPENAI_API_KEY") as caught:
         ask(server)
     assert "secret" not in str(caught.value) and server.seen == []
 
 
-def test_a_server_that_is_down_is_tried_and_reported(monkeypatch):
-    monkeypatch.setenv("no_proxy", "*")
-    monkeypatch.setenv("OPENAI_API_KEY", KEY)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        url = f"http://127.0.0.1:{free.getsockname()[1]}/v1"
-    with pytest.raises(JudgeError, match="in 2 tries.*is it running") as caught:
-        http_judge(url, "m", retries=1, pause=0)("q", "a", "b")
-    assert KEY not in str(caught.value)
+def start(folder, seed=0):
+    """A session over all pairs."""
+    return BlindChoice(*TRIOS, folder / "new" / "mine.jsonl", seed)
+
+
+def scores(session):
+    """{prompt: score} of what is judged."""
+    return {row["prompt"]: row["score"] for row in session.rows}
+
+
+def test_the_order_is_blind_and_seeded(tmp_path):
+    orders = [
+        [trio[1].startswith("the first") for trio in start(tmp_path, s).shown] for s in (1, 1, 2)
+    ]
+    assert 2 <= sum(orders[0]) <= N - 2 and orders[0] == orders[1] != orders[2]
+
+
+def test_choices_are_saved_at_once_and_read_back_as_preferences(tmp_path):
+    session, wanted = start(tmp_path), []
+    for i, (prompt, *answers) in enumerate(zip(*TRIOS, strict=True)):
+        shown = session.question
+        assert shown[0] == prompt and sorted(shown[1:]) == sorted(answers)
+        session.choose("AB"["the first" in shown[2]] if i % 3 else "tie")  # the first, or a tie
+        wanted += [answers[0]] if i % 3 else []
+        assert scores(start(tmp_path, seed=i)) == scores(session) and len(session.rows) == i + 1
+    assert session.question is None
+    assert load_preferences(session.path)["chosen"][:] == wanted
+    assert len(load_preferences(session.ties)) == 4
+    assert win_rate(session.rows)["all"][0] == pytest.approx(5 / 6)
+    turned = BlindChoice(TRIOS[0], TRIOS[2], TRIOS[1], session.path)
+    assert win_rate(turned.rows)["all"][0] == pytest.approx(1 / 6)
+    for verdict in ("C", "A"):
+        with pytest.raises(ValueError, match="A, B or tie while a pair is open"):
+            session.choose(verdict)
+
+
+def test_look_alikes_and_blank_answers_are_counted_but_not_asked(tmp_path):
+    answers = (
+        ["one", "same", "Same", "one", " ", "long"],
+        ["two", "same", " same", "two", "x", "\n"],
+    )
+    session = BlindChoice(list("pqrpst"), *answers, tmp_path / "mine.jsonl")
+    assert scores(session) == {"q": 0.5, "r": 0.5, "s": 0.0, "t": 1.0}
+    session.choose("A")
+    assert session.question is None and len(load_preferences(session.path)) == 1
+
+
+def test_a_line_cut_by_a_crash_is_dropped_and_said_and_its_pair_asked_again(tmp_path, capsys):
+    session = start(tmp_path)
+    session.choose("A")
+    kept = session.path.read_bytes()
+    session.choose("B")
+    whole = session.path.read_bytes()
+    for cut in range(len(kept) + 1, len(whole)):
+        session.path.write_bytes(whole[:cut])
+        again = start(tmp_path)
+        assert "cut short" in capsys.readouterr().out and again.question[0] == TRIOS[0][1]
+        assert session.path.read_bytes() == kept
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_the_buttons_save_and_go_on_to_the_next(tmp_path, monkeypatch, capsys):
+    assert start(tmp_path).show() is None and "buttons" in capsys.readouterr().out
+    monkeypatch.setattr(judges, "live", lambda: True)
+    session = start(tmp_path)
+    text, row = session.show().children
+    for button in row.children * 4:
+        prompt, a, b = session.question
+        assert text.value == f"{prompt}\n\nA: {a}\n\nB: {b}"
+        button.click()
+        assert session.judge(prompt, a, b) == button.description
+    assert text.value == "All are judged." and all(button.disabled for button in row.children)

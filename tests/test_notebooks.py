@@ -1,62 +1,99 @@
-"""What the committed notebooks may hold. That they run is nbval's part of `make test`."""
+"""What committed notebooks may hold, and the command that runs them. nbval runs them all."""
 
-import json
 import re
-from pathlib import Path
 
+import nbformat
 import pytest
 
-NOTEBOOKS = sorted((Path(__file__).resolve().parent.parent / "notebooks").glob("*.ipynb"))
-SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|\b[0-9a-f]{40}\b(?=.*wandb)|WANDB_API_KEY=\S|HF_TOKEN=\S")
-pytestmark = pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+import dpo_utils
+from dpo_utils import workbook
+from dpo_utils.profiles import repository_root
+
+PATHS = sorted((repository_root() / "notebooks").glob("*.ipynb"))
+every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
+SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|\b[0-9a-f]{40}\b(?=.*wandb)|(WANDB_API_KEY|HF_TOKEN)=\S")
+ASKING = re.compile(r"(?<![.\w])(input|getpass|notebook_login|login)\(")
+LOCAL = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]+")
 
 
-def cells(path, kind="code"):
-    return [cell for cell in json.loads(path.read_text())["cells"] if cell["cell_type"] == kind]
+def code_of(path):
+    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
 
 
-def test_nothing_secret_nothing_asked_for(path):
-    assert not SECRET.search(path.read_text())
-    for cell in cells(path):
-        assert not re.search(r"(?<![.\w])(input|getpass|notebook_login|login)\(", "".join(cell["source"]))
+def words(output):  # without pictures, whose encoding may hold anything
+    data = {**output, **output.get("data", {})}
+    return "".join(data.get(kind, "") for kind in ("text", "text/plain", "text/html"))
 
 
-def test_no_widget_state_and_no_progress_bars(path):
-    notebook = json.loads(path.read_text())
-    assert "widgets" not in notebook["metadata"]
-    for cell in cells(path):
-        for output in cell["outputs"]:
-            assert "application/vnd.jupyter.widget-view+json" not in output.get("data", {})
-            assert "it/s]" not in "".join(output.get("text", ""))
-
-
-def test_it_was_run_from_top_to_bottom_without_an_error(path):
-    assert [cell["execution_count"] for cell in cells(path)] == list(range(1, len(cells(path)) + 1))
-    assert not [o for cell in cells(path) for o in cell["outputs"] if o["output_type"] == "error"]
-
-
-def test_the_set_up_cell_comes_first_and_is_the_same_everywhere(path):
-    first = ["".join(cells(other)[0]["source"]).replace("profile = ", "") for other in NOTEBOOKS]
-    assert "dpo_utils.setup()" in first[0] and set(first) == {first[0]}
-
-
-def test_it_is_small_and_every_cell_has_its_own_id(path):
+@every_notebook
+def test_a_committed_notebook_is_valid_small_and_holds_no_secret(path):
+    nbformat.validate(nbformat.read(path, as_version=4))
     assert path.stat().st_size < 250_000
-    ids = [cell["id"] for cell in json.loads(path.read_text())["cells"]]
-    assert len(set(ids)) == len(ids)
+    assert not SECRET.search(path.read_text(encoding="utf-8"))
+    assert not [cell.source for cell in code_of(path) if ASKING.search(cell.source)]
 
 
-def texts(output) -> str:
-    """What a reader reads of an output: no pictures, whose encoding may hold anything."""
-    data = output.get("data", {})
-    return "".join([*output.get("text", ""), *data.get("text/plain", ""), *data.get("text/html", "")])
+@every_notebook
+def test_it_was_run_from_top_to_bottom_without_an_error(path):
+    counts = [cell.execution_count for cell in code_of(path)]
+    outputs = [output for cell in code_of(path) for output in cell.outputs]
+    assert counts == list(range(1, len(counts) + 1))
+    assert outputs and not [o for o in outputs if o.output_type == "error"]
+    assert not [text for text in map(words, outputs) if LOCAL.search(text) or "it/s]" in text]
 
 
-def test_no_path_of_the_machine_it_was_made_on(path):
-    absolute = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]+")
-    for cell in cells(path):
-        assert not [found for output in cell["outputs"] for found in absolute.findall(texts(output))]
+@every_notebook
+def test_it_checks_its_own_numbers(path):
+    assert any(re.search(r"^\s*assert |\bcheck_", cell.source, re.M) for cell in code_of(path))
 
 
-def test_nothing_went_to_the_error_stream(path):
-    assert not [o for cell in cells(path) for o in cell["outputs"] if o.get("name") == "stderr"]
+def test_setup_prints_the_profile_with_the_readers_changes(capsys):
+    profile = dpo_utils.setup("tiny", target_modules=("q_proj", "v_proj"), beta=0.3)
+    assert profile.target_modules == ("q_proj", "v_proj") and "beta 0.3" in capsys.readouterr().out
+
+
+@every_notebook
+def test_tidy_keeps_what_is_committed_and_takes_the_rest(path):
+    committed, messy = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
+    messy.metadata |= {"widgets": {}, "language_info": {"name": "python", "version": "3"}}
+    messy.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
+    outputs = next(cell for cell in messy.cells if cell.cell_type == "code").outputs
+    outputs.append(nbformat.v4.new_output("display_data", {workbook.WIDGET: {}}))
+    outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
+    for notebook in (workbook.tidy(messy), committed):
+        for output in sum((cell.get("outputs", []) for cell in notebook.cells), []):
+            assert len(output.get("data", {}).pop("image/png", "")) < 50_000
+    assert messy == committed
+
+
+def write(root, name, *sources):
+    """A notebook of code cells under root."""
+    notebook = nbformat.v4.new_notebook(cells=list(map(nbformat.v4.new_code_cell, sources)))
+    (root / "notebooks").mkdir(exist_ok=True)
+    nbformat.write(notebook, root / "notebooks" / name)
+
+
+def test_notebooks_run_in_order_up_to_a_cell_that_fails(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workbook, "repository_root", lambda: tmp_path)
+    write(tmp_path, "03_c.ipynb", "print('never')")
+    write(tmp_path, "02_b.ipynb", "print(open('made').read())", "1 / 0")
+    write(tmp_path, "01_a.ipynb", "import os\nopen('made', 'w').write(os.environ['DPO_PROFILE'])")
+    with pytest.raises(SystemExit, match="1"):
+        workbook.main(["--refresh"])
+    assert re.search("02_b.ipynb stopped.*1 / 0.*ZeroDivisionError", capsys.readouterr().err, re.S)
+    ran = code_of(tmp_path / "runs/notebooks/02_b.ipynb")
+    assert ran[0].outputs[0].text == "tiny\n" and ran[1].outputs[0].ename == "ZeroDivisionError"
+    assert not (tmp_path / "runs/notebooks/03_c.ipynb").exists()
+    assert code_of(tmp_path / "notebooks/01_a.ipynb")[0].execution_count == 1
+
+
+def test_a_dead_kernel_and_a_number_without_a_notebook_are_said(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(workbook, "repository_root", lambda: tmp_path)
+    write(tmp_path, "01_a.ipynb", "import os\nos.kill(os.getpid(), 9)")
+    for number, said in (
+        ("01", "kernel died, most often because memory"),
+        ("09", "begins with 09"),
+    ):
+        with pytest.raises(SystemExit):
+            workbook.main([number])
+        assert said in capsys.readouterr().err

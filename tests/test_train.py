@@ -1,63 +1,60 @@
-"""What training computes, what it refuses, and what it does when a step goes wrong."""
+"""What training computes, what it does when a step goes wrong, and the command line."""
 
 import dataclasses
+import json
 import math
-import shutil
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
-from small_runs import demonstrations, dpo, numbers, pairs, policy, profile, sft
+from small_runs import adapter_bytes, demonstrations, dpo, pairs, policy, profile, sft
 
-from dpo_utils import fit, step, train
-from dpo_utils.checkpoints import SettingsChanged
-from dpo_utils.logps import all_logps
-from dpo_utils.losses import LOSSES, dpo_loss
+from dpo_utils import reference, train
+from dpo_utils.checkpoints import read_history
+from dpo_utils.logps import all_logps, options_for
+from dpo_utils.losses import LOSSES, dpo_loss, kto_loss
 from dpo_utils.models import as_reference, trainable
-from dpo_utils.train import (
-    learning_rate_at,
-    options_for,
-    read_history,
-    reference_logps,
-    step_items,
-    train_dpo,
-    train_sft,
-)
+from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration
+from dpo_utils.train import learning_rate_at, main, step_items, train_dpo, train_unpaired
 
+ROOT = Path(__file__).resolve().parent.parent
 LN_2 = math.log(2)
-TRL_NAMES = {
-    "loss", "rewards/chosen", "rewards/rejected", "rewards/margins", "rewards/accuracies", "logps/chosen",
-    "logps/rejected", "grad_norm", "learning_rate",
-}  # fmt: skip
+NAN, INF = float("nan"), float("inf")
 
 
-def items(settings, tokenizer, n=10):
-    rows, _ = train.tokenize_all(pairs(n), tokenizer, settings.max_length, train.tokenize_pair)
-    return [train.as_item(row) for row in rows]
-
-
-# --- what a run gives -------------------------------------------------------------------------------------------------
+def items(n=10):
+    rows, _ = tokenize_all(pairs(n), policy()[1], 128)
+    return [as_item(row) for row in rows]
 
 
 def test_a_dpo_run_starts_at_ln_2_and_learns(tmp_path):
     seen = []
-    history, _ = dpo(tmp_path, profile(steps=12), on_step=lambda rows: seen.append(len(rows)))
-    assert all(TRL_NAMES <= set(row) for row in history)
-    assert abs(history[0]["loss"] - LN_2) < 1e-6 and abs(history[0]["rewards/margins"]) < 1e-6
+    settings = profile(steps=12)
+    history, _ = dpo(tmp_path, settings, on_step=lambda rows: seen.append(len(rows)))
+    assert all(
+        {*train.METRICS, "loss", "grad_norm", "learning_rate"} <= set(row) for row in history
+    )
+    assert history[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
+    assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert history[0]["rewards/accuracies"] == 0.5  # all are ties
     assert history[-1]["loss"] < 0.6 and history[-1]["rewards/margins"] > 0.1
-    assert read_history(tmp_path) == history and len(history) == 12
-    assert seen == list(range(1, 13))
+    assert read_history(tmp_path) == history and seen == list(range(1, 13))
     for row in history:
-        assert row["rewards/margins"] == pytest.approx(row["rewards/chosen"] - row["rewards/rejected"], abs=1e-6)
+        margin = row["rewards/chosen"] - row["rewards/rejected"]
+        assert row["rewards/margins"] == pytest.approx(margin, abs=1e-6)
 
 
 def test_before_the_first_step_the_loss_is_ln_2_and_margins_are_zero_to_the_bit():
     model, tokenizer = policy()
     options = options_for(profile(), tokenizer)
-    values = all_logps(model, items(profile(), tokenizer), **options)
+    values = all_logps(model, items(), **options)
     with as_reference(model):
-        reference = all_logps(model, items(profile(), tokenizer), **options)
+        reference = all_logps(model, items(), **options)
     losses, chosen, rejected = dpo_loss(*values.T, *reference.T)
     assert losses.dtype == torch.float32 and (losses == torch.tensor(LN_2)).all()
     assert (chosen - rejected == 0).all()
@@ -66,11 +63,29 @@ def test_before_the_first_step_the_loss_is_ln_2_and_margins_are_zero_to_the_bit(
 def test_an_sft_loss_is_the_mean_over_the_tokens_of_the_step():
     history, _ = sft()
     model, tokenizer = policy()
-    rows, _ = train.tokenize_all(demonstrations(), tokenizer, 128, train.tokenize_demonstration)
-    first = [train.as_item(rows[i]) for i in step_items(1, len(rows), 4, 0)]
-    logps = all_logps(model, first, **options_for(profile(), tokenizer))
-    assert history[0]["loss"] == pytest.approx(-float(logps.sum()) / sum(len(c[0]) for _, c in first), rel=1e-5)
+    rows, _ = tokenize_all(demonstrations(), tokenizer, 128, tokenize_demonstration)
+    first = [as_item(rows[i]) for i in step_items(1, len(rows), 4, 0)]
+    scores = all_logps(model, first, **options_for(profile(), tokenizer))
+    tokens = sum(len(answers[0]) for _, answers in first)
+    assert history[0]["loss"] == pytest.approx(-float(scores.sum()) / tokens, rel=1e-5)
     assert history[-1]["loss"] < history[0]["loss"]
+
+
+def test_kto_on_single_answers_raises_good_and_lowers_bad_ones():
+    rows = [
+        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
+        for row in pairs()
+        for side in ("chosen", "rejected")
+    ]
+    model, tokenizer = policy()
+    settings = profile(steps=8, batch=8)
+    history = train_unpaired(
+        model, tokenizer, rows, settings, loss_options={"desirable_weight": 2.0}
+    )
+    up, down = kto_loss(*torch.zeros(2, 2), torch.tensor([True, False]), desirable_weight=2.0)[0]
+    good = sum(rows[i]["label"] for i in step_items(1, 20, 8, 0))
+    assert history[0]["loss"] == pytest.approx(float(good * up + (8 - good) * down) / 8, abs=1e-5)
+    assert history[-1]["rewards/chosen"] > 0 > history[-1]["rewards/rejected"]
 
 
 @pytest.mark.parametrize("name", LOSSES)
@@ -81,17 +96,16 @@ def test_every_loss_trains(name):
 
 
 def test_options_of_a_loss_reach_it():
-    runs = [dpo(None, profile(steps=1), loss="simpo", loss_options={"gamma": gamma})[0] for gamma in (0.0, 9.0)]
+    options = [{"gamma": 0.0}, {"gamma": 9.0}]
+    runs = [dpo(None, profile(steps=1), loss="simpo", loss_options=o)[0] for o in options]
     assert runs[1][0]["loss"] > runs[0][0]["loss"] + 5
 
 
 def test_dropped_rows_are_counted_aloud(capsys):
-    data = [*pairs(), {"prompt": "Why?", "chosen": "same", "rejected": "same"}]
-    dpo(None, profile(steps=1), data)
-    assert "10 rows kept, 1 dropped: 1 x chosen and rejected are the same tokens" in capsys.readouterr().out
-
-
-# --- the schedule -----------------------------------------------------------------------------------------------------
+    same = {"prompt": "Why?", "chosen": "same", "rejected": "same"}
+    dpo(None, profile(steps=1), [*pairs(), same])
+    said = "10 rows kept, 1 dropped: 1 x chosen and rejected are the same tokens"
+    assert said in capsys.readouterr().out
 
 
 def test_every_item_comes_once_an_epoch_in_a_new_seeded_order():
@@ -103,177 +117,108 @@ def test_every_item_comes_once_an_epoch_in_a_new_seeded_order():
     assert len(step_items(1, 3, 8, seed=0)) == 8  # a step may be longer than an epoch
 
 
-def test_warm_up_and_cosine_by_hand():
+def test_the_rate_warms_up_then_follows_a_cosine_and_is_never_zero():
     rates = [learning_rate_at(step, 10, 1.0, 0.2) for step in range(1, 11)]
-    assert rates[:3] == [0.5, 1.0, 1.0]
-    assert rates[6] == pytest.approx(0.5)  # half way down the cosine of 8 steps
-    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 7 / 8)))
-    assert learning_rate_at(1, 10, 1.0, 0.0) == 1.0
+    assert rates[:2] == [0.5, 1.0]
+    assert rates[9] == pytest.approx(0.5 * (1 + math.cos(math.pi * 8 / 9))) and rates[9] > 0
+    assert rates[1:] == sorted(rates[1:], reverse=True)
+    assert learning_rate_at(1, 10, 1.0, 0.0) > 0.9
 
 
-# --- numbers that do not depend on the batch --------------------------------------------------------------------------
+# --- numbers that do not depend on the batch ------------------------------------------------------
 
 
-def one_step(micro_tokens, order=None, row_tokens=1, plain=False):
+def one_step(monkeypatch, order=None, plain=False, **changes):
     """Gradient and metrics of one step on six pairs, of an adapter that is not zero."""
-    settings = profile(batch=6, steps=1, micro_tokens=micro_tokens, row_tokens=row_tokens)
+    settings = profile(
+        **{"batch": 6, "steps": 1, "micro_tokens": 10_000, "row_tokens": 1, **changes}
+    )
     model, tokenizer = policy(settings)
-    generator = torch.Generator().manual_seed(0)
-    data = items(settings, tokenizer, 6)
-    reference = reference_logps(model, tokenizer, data, settings)
-    for parameter in trainable(model):
-        parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
-    objective = train.preference_objective(data, reference, settings)
-    task = step.Task("dpo", data, [], objective, lambda _: 1, reference, 1, 6, 1e-3)
-    options = {**options_for(settings, tokenizer), "plain": plain}
-    run = step.Run(model, task, settings, fit.engine(model), None, options, 1.0, None, {}, 2, [])
-    means = step._gradients(run, order or list(range(6)))
-    return torch.cat([p.grad.flatten() for p in trainable(model)]), means
+    generator, found = torch.Generator().manual_seed(0), []
+    for name in ("before_first_step", "after_first_step"):
+        monkeypatch.setattr(train.preflight, name, lambda run, *_: moved(run.model))
+    monkeypatch.setattr(train, "step_items", lambda *_: order or list(range(6)))
+    real = train._gradient
+
+    def moved(model):
+        for parameter in trainable(model):
+            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
+
+    def gradient(run, numbers):
+        found.append(real(run, numbers))
+        found.append(torch.cat([p.grad.flatten() for p in trainable(run.model)]))
+        return found[0]
+
+    monkeypatch.setattr(train, "_gradient", gradient)
+    train_dpo(model, tokenizer, pairs(6), settings, plain=plain)
+    monkeypatch.setattr(train, "_gradient", real)
+    return found
 
 
 @pytest.fixture(scope="module")
 def whole():
     """One micro-batch of six."""
-    return one_step(10_000)
+    with pytest.MonkeyPatch.context() as patch:
+        return one_step(patch)
 
 
-@pytest.mark.parametrize("sizes", [[6], [4, 2], [1, 1, 1, 1, 1, 1]])
-@pytest.mark.parametrize("plain", [False, True])
-def test_micro_batches_leave_gradient_and_metrics_the_same(monkeypatch, whole, sizes, plain):
-    def plan(data, *_):
-        numbers = iter(range(len(data)))
-        return [[[next(numbers)] for _ in range(size)] for size in sizes]
-
-    monkeypatch.setattr("dpo_utils.logps.plan_rows", plan)
-    same(one_step(10_000, plain=plain), whole)
-
-
-@pytest.mark.parametrize("change", [{"order": [3, 0, 5, 1, 4, 2]}, {"row_tokens": 512}, {"micro_tokens": 60}])
-def test_order_and_packing_leave_gradient_and_metrics_the_same(whole, change):
-    same(one_step(**{"micro_tokens": 10_000, **change}), whole)
-
-
-def same(found, wanted):
-    (gradient, means), (expected, expected_means) = found, wanted
-    assert (gradient - expected).norm() <= 1e-5 * expected.norm() > 0
-    assert means == {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in expected_means.items()}
-
-
-# --- checks before and after the first step ---------------------------------------------------------------------------
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"order": [3, 0, 5, 1, 4, 2]},
+        {"row_tokens": 512},
+        {"micro_tokens": 60},
+        {"micro_tokens": 150},
+        {"plain": True},
+        {"plain": True, "micro_tokens": 1},
+    ],
+    ids=str,
+)
+def test_order_micro_batches_and_form_leave_gradient_and_metrics_the_same(
+    monkeypatch, whole, change
+):
+    means, gradient = one_step(monkeypatch, **change)
+    assert (gradient - whole[1]).norm() <= 1e-5 * whole[1].norm() > 0
+    close = {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in whole[0].items()}
+    assert means == close
 
 
-def refuses(message, model, tokenizer, settings=None, error=RuntimeError, **options):
-    with pytest.raises(error, match=message):
-        train_dpo(model, tokenizer, pairs(), settings or profile(steps=2), **options)
+def test_a_scaled_loss_gives_the_same_step(monkeypatch):
+    expected, _ = dpo(None, profile(steps=2))
+    real = train.make_plan
+    scaled = {"loss_scale": 1024.0}
+    monkeypatch.setattr(train, "make_plan", lambda *a: dataclasses.replace(real(*a), **scaled))
+    history, _ = dpo(None, profile(steps=2))
+    assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
+    assert history[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
 
 
-def test_dropout_is_noticed_before_the_first_step():
-    model, tokenizer = policy()
-    next(m for m in model.modules() if isinstance(m, torch.nn.Dropout)).p = 0.3
-    refuses("policy and reference differ by .* nats before the first step.*dropout is on", model.train(), tokenizer)
+# --- steps that go wrong --------------------------------------------------------------------------
 
 
-def test_an_adapter_that_was_trained_already_is_noticed():
-    model, tokenizer = policy()
-    train_dpo(model, tokenizer, pairs(), profile(steps=1))
-    refuses("the adapter was trained already", model, tokenizer)
-
-
-def test_the_base_as_reference_of_a_run_that_starts_from_sft_is_noticed(tmp_path):
-    sft(tmp_path)
-    model, tokenizer = policy(adapter=tmp_path / "adapter")
-    model.delete_adapter("reference")
-    refuses("base instead of SFT", model, tokenizer)
-
-
-def test_a_cache_that_belongs_to_something_else_is_noticed(monkeypatch):
-    model, tokenizer = policy()
-    real = train.reference_logps
-    monkeypatch.setattr(train, "reference_logps", lambda *args: real(*args) + 0.1)
-    refuses("log-probs are off by 0.1 nats", model, tokenizer)
-
-
-@pytest.mark.parametrize("run, data", [(train_dpo, pairs), (train_sft, demonstrations)])
-def test_a_frozen_adapter_is_noticed(monkeypatch, run, data):
-    model, tokenizer = policy()
-    monkeypatch.setattr(train, "reference_logps", lambda *_: torch.zeros(10, 2))  # as_reference would thaw it
-    model.requires_grad_(False)
-    with pytest.raises(RuntimeError, match="nothing is trainable"):
-        run(model, tokenizer, data(), profile())
-
-
-def test_weights_outside_the_adapter_that_train_are_noticed():
-    model, tokenizer = policy()
-    next(p for n, p in model.named_parameters() if "layernorm" in n).requires_grad_(True)
-    refuses("layernorm.* is trainable", model, tokenizer, error=ValueError)
-
-
-def test_adapters_in_half_precision_are_noticed():
-    model, tokenizer = policy()
-    next(p for n, p in model.named_parameters() if "lora_B" in n).data = torch.zeros(384, 16, dtype=torch.float16)
-    refuses("is trainable as torch.float16", model, tokenizer, error=ValueError)
-
-
-def test_a_matrix_that_does_not_move_is_noticed(monkeypatch):
-    model, tokenizer = policy()
-    frozen = next(p for n, p in model.named_parameters() if "lora_B" in n)
-    frozen.register_hook(torch.zeros_like)
-    refuses("1 of 24 adapter matrices did not move", model, tokenizer)
-
-
-def test_a_zero_gradient_is_noticed(monkeypatch):
-    model, tokenizer = policy()
-    for parameter in trainable(model):
-        parameter.register_hook(torch.zeros_like)
-    refuses("the first gradient is zero.*frozen.*input gradients", model, tokenizer)
-
-
-def test_a_reference_that_moves_is_noticed(monkeypatch):
-    model, tokenizer = policy()
-    real = fit.take_step
-
-    def also_moves_the_base(run, number):
-        row = real(run, number)
-        next(p for n, p in run.model.named_parameters() if "layernorm.bias" in n).data += 1e-3
-        return row
-
-    monkeypatch.setattr(fit, "take_step", also_moves_the_base)
-    refuses("reference's log-probs changed by .* with the first step", model, tokenizer)
-
-
-def test_a_reference_that_is_not_finite_is_noticed(monkeypatch):
-    model, tokenizer = policy()
-    monkeypatch.setattr(train, "reference_logps", lambda *_: torch.zeros(10, 2))
-    next(p for n, p in model.named_parameters() if "layernorm.bias" in n).data += float("inf")
-    refuses("not finite before the first step.*float16", model, tokenizer, error=FloatingPointError)
-
-
-# --- steps that go wrong ----------------------------------------------------------------------------------------------
-
-
-def poison(monkeypatch, steps, value=float("nan"), where="loss"):
+def poison(monkeypatch, steps, value=NAN, where="loss"):
     """Make the loss, or one gradient, of some steps not finite."""
-    real, seen = step._accumulate, []
+    real, seen = train._backward, []
 
-    def poisoned(run, numbers, total):
+    def poisoned(run, *rest):
         seen.append(1)
-        sums = real(run, numbers, total)
-        if len(seen) in steps:
-            if where == "loss":
-                sums["loss"] = value
-            else:
-                trainable(run.model)[5].grad[0, 0] = value
+        sums = real(run, *rest)
+        if len(seen) in steps and where == "loss":
+            sums["loss"] = value
+        elif len(seen) in steps:
+            trainable(run.model)[5].grad[0, 0] = value
         return sums
 
-    monkeypatch.setattr(step, "_accumulate", poisoned)
+    monkeypatch.setattr(train, "_backward", poisoned)
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-@pytest.mark.parametrize("where", ["loss", "gradient"])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(monkeypatch, tmp_path, value, where):
+@pytest.mark.parametrize("where, value", [("loss", NAN), ("loss", INF), ("gradient", NAN)])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(
+    monkeypatch, tmp_path, where, value
+):
     poison(monkeypatch, {2, 3, 5}, value, where)
-    weights = []
     model, tokenizer = policy()
+    weights = []
 
     def remember(history):
         weights.append(torch.cat([p.detach().flatten() for p in trainable(model)]))
@@ -283,32 +228,24 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(monkeypatch, tm
     assert not {"loss", "grad_norm"} & set(history[1])
     for n in range(1, 7):
         assert torch.equal(weights[n], weights[n - 1]) == (n + 1 in {2, 3, 5})
-    assert torch.isfinite(weights[-1]).all() and "NaN" not in (tmp_path / "history.jsonl").read_text()
+    assert torch.isfinite(weights[-1]).all()
+    assert "NaN" not in (tmp_path / "history.jsonl").read_text()
 
 
 def test_the_third_in_a_row_stops_the_run_and_names_the_rows(monkeypatch, tmp_path):
     poison(monkeypatch, {3, 4, 5})
-    with pytest.raises(FloatingPointError, match="3 steps in a row, last at step 5 on data rows") as problem:
-        dpo(tmp_path)
     rows = sorted(i + 1 for i in step_items(5, 10, 4, 0))
-    assert f"data rows {rows}" in str(problem.value)
+    said = f"3 steps in a row, last at step 5 on data rows {rows}"
+    with pytest.raises(FloatingPointError, match=re.escape(said)):
+        dpo(tmp_path)
     assert [row["step"] for row in read_history(tmp_path)] == [1, 2, 3, 4, 5]
-    assert [p.name for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
-
-
-def test_a_first_step_that_is_not_finite_does_not_skip_the_check_after_it(monkeypatch):
-    poison(monkeypatch, {1})
-    looked = []
-    real = fit.after_first_step
-    monkeypatch.setattr(fit, "after_first_step", lambda *a: (looked.append(1), real(*a))[1])
-    history, _ = dpo()
-    assert history[0]["nonfinite"] and looked == [1]
+    assert [p.stem for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
 def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, capsys):
     settings = profile(micro_tokens=128, row_tokens=1)
     expected, _ = dpo(None, settings)
-    real = step.completion_logps
+    real = train.completion_logps
 
     def greedy(model, data, *, micro_tokens, **options):
         for n, part in enumerate(real(model, data, micro_tokens=micro_tokens, **options)):
@@ -316,176 +253,34 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch
                 raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
             yield part
 
-    monkeypatch.setattr(step, "completion_logps", greedy)
+    monkeypatch.setattr(train, "completion_logps", greedy)
     history, _ = dpo(None, settings)
-    assert "out of memory: micro_tokens is now 64;" in capsys.readouterr().out
+    assert "out of memory: micro_tokens is now 64," in capsys.readouterr().out
     for row, wanted in zip(history, expected, strict=True):
         assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
         assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
-def test_out_of_memory_at_the_smallest_size_is_an_error(monkeypatch):
-    def never(*_, **__):
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-    monkeypatch.setattr(step, "completion_logps", never)
-    with pytest.raises(torch.OutOfMemoryError):
-        dpo(None, profile(micro_tokens=8))
-
-
-def test_other_errors_are_not_taken_for_memory(monkeypatch):
-    def wrong(*_, **__):
-        raise RuntimeError("shapes do not match")
-
-    monkeypatch.setattr(step, "completion_logps", wrong)
-    with pytest.raises(RuntimeError, match="shapes do not match"):
-        dpo()
-
-
-def test_a_scaled_loss_gives_the_same_step(monkeypatch):
-    expected, weights = dpo(None, profile(steps=2))
-    real = fit.make_plan
-    monkeypatch.setattr(fit, "make_plan", lambda *a: dataclasses.replace(real(*a), loss_scale=1024.0))
-    history, scaled = dpo(None, profile(steps=2))
-    assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
-    assert history[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
-
-
-# --- run again --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("run", [dpo, sft])
-def test_a_finished_run_is_loaded_not_repeated(tmp_path, monkeypatch, capsys, run):
-    history, weights = run(tmp_path)
-    monkeypatch.setattr(fit, "take_step", None)
-    again, same_weights = run(tmp_path)
-    assert again == history and all(torch.equal(a, b) for a, b in zip(weights, same_weights, strict=True))
-    assert "this run is finished" in capsys.readouterr().out
-
-
-def test_an_adapter_that_was_lost_is_written_again(tmp_path):
-    dpo(tmp_path)
-    path = tmp_path / "adapter" / "adapter_model.safetensors"
-    whole = path.read_bytes()
-    path.write_bytes(whole[:1000])
-    dpo(tmp_path)
-    assert path.read_bytes() == whole and not (tmp_path / "adapter.tmp").exists()
-
-
-def test_fresh_starts_over_and_deletes_only_what_a_run_writes(tmp_path):
-    (tmp_path / "thesis.txt").write_text("mine")
-    history, _ = dpo(tmp_path)
-    steps = []
-    again, _ = dpo(tmp_path, fresh=True, on_step=lambda rows: steps.append(len(rows)))
-    assert numbers(again) == numbers(history) and steps == [1, 2, 3, 4, 5, 6, 7]
-    assert (tmp_path / "thesis.txt").read_text() == "mine"
-
-
-OTHER_PAIRS = [{**row, "chosen": row["chosen"].replace(".", "!")} for row in pairs()]
-CHANGES = {
-    "beta": ({"beta": 0.3}, None, "beta: was 0.1, is 0.3"),
-    "seed": ({"seed": 1}, None, "seed: was 0, is 1"),
-    "learning rate": ({"learning_rate": 2e-3}, None, "learning_rate: was 0.001, is 0.002"),
-    "steps": ({"steps": 9}, None, "steps: was 7, is 9"),
-    "loss": ({"loss": "ipo"}, None, "loss: was 'dpo', is 'ipo'"),
-    "rank": ({"lora_r": 8}, None, "lora_r: was 16, is 8"),
-    "quantisation": ({"quantize": False}, None, "quantised: was True, is False"),
-    "revision": ({"revision": "a" * 40}, None, f"revision: was None, is '{'a' * 40}'"),
-    "data": ({}, OTHER_PAIRS, "data: was '[0-9a-f]{16}', is '[0-9a-f]{16}'"),
-    "length": ({"max_length": 64}, None, "max_length: was 128, is 64"),
-}  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """The folder of a finished run."""
-    folder = tmp_path_factory.mktemp("finished")
-    dpo(folder)
-    return folder
-
-
-@pytest.mark.parametrize("change", CHANGES)
-def test_changed_settings_refuse_and_print_the_difference(finished, change):
-    settings, data, line = CHANGES[change]
-    before = (finished / "history.jsonl").read_bytes()
-    with pytest.raises(SettingsChanged, match=rf"made with other settings; pass fresh=True[\s\S]*\n  {line}"):
-        dpo(finished, profile(**settings), data)
-    assert (finished / "history.jsonl").read_bytes() == before
-
-
-def changed_weight(model, tokenizer):
-    next(p for n, p in model.named_parameters() if "layernorm.weight" in n).data[1] *= 1.01
-
-
-def changed_scales(model, tokenizer):
-    next(p for p in model.parameters() if hasattr(p, "quant_state")).quant_state.absmax[1] += 1
-
-
-def changed_template(model, tokenizer):
-    tokenizer.chat_template += "{# another #}"
-
-
-def changed_vocabulary(model, tokenizer):
-    tokenizer.add_tokens(["zyzzyva"])
-
-
-@pytest.mark.parametrize("cached", [False, True], ids=["run", "cached reference"])
 @pytest.mark.parametrize(
-    "change, line",
-    [(changed_weight, "weights"), (changed_scales, "weights"), (changed_template, "template"), (changed_vocabulary, "tokenizer")],
+    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError("shapes differ")]
 )
-def test_another_model_tokenizer_or_template_refuses(finished, monkeypatch, change, line, cached):
-    model, tokenizer = policy()
-    change(model, tokenizer)
-    if not cached:
-        monkeypatch.setattr(train, "load_cache", lambda *_: None)
-        monkeypatch.setattr(train, "save_cache", lambda *_: None)
-    with pytest.raises(SettingsChanged, match=f"\n  {line}: was") as problem:
-        train_dpo(model, tokenizer, pairs(), profile(), finished)
-    assert ("reference.safetensors was made" in str(problem.value)) == cached
+def test_no_memory_at_the_smallest_size_and_other_errors_stay_errors(monkeypatch, error):
+    def never(*_, **__):
+        raise error
 
-
-def test_another_model_directory_refuses(finished, tmp_path):
-    copy = shutil.copytree(profile().model, tmp_path / "copy")
-    with pytest.raises(SettingsChanged, match="\n  model: was"):
-        dpo(finished, profile(model=str(copy)))
-
-
-def test_sft_does_not_mind_settings_of_dpo(tmp_path):
-    sft(tmp_path)
-    sft(tmp_path, profile(beta=0.5, loss="ipo"))
-
-
-def test_the_reference_is_computed_once(finished, monkeypatch):
-    monkeypatch.setattr(train, "all_logps", None)
-    assert len(dpo(finished)[0]) == 7
-
-
-def test_the_reference_is_the_model_dpo_starts_from(tmp_path):
-    sft(tmp_path)
-    model, tokenizer = policy(adapter=tmp_path / "adapter")
-    start = all_logps(model, items(profile(), tokenizer), **options_for(profile(), tokenizer))
-    history = train_dpo(model, tokenizer, pairs(), profile())
-    assert abs(history[0]["loss"] - LN_2) < 1e-6
-    reference = reference_logps(model, tokenizer, items(profile(), tokenizer), profile())
-    assert torch.equal(reference, start)
-
-
-# --- trackers ---------------------------------------------------------------------------------------------------------
+    monkeypatch.setattr(train, "completion_logps", never)
+    with pytest.raises(type(error), match=str(error)):
+        dpo(None, profile(micro_tokens=8))
 
 
 class Notebook(GeneralTracker):
     """A tracker that remembers."""
 
-    name, requires_logging_directory = "notebook", False
+    name, requires_logging_directory, tracker = "notebook", False, None
 
     def __init__(self):
         super().__init__()
         self.rows, self.config, self.finished = [], None, False
-
-    @property
-    def tracker(self):
-        return self
 
     def store_init_configuration(self, values):
         self.config = values
@@ -505,22 +300,144 @@ def test_a_tracker_gets_every_step_and_is_finished():
     assert tracker.config["beta"] == 0.1 and "learning_rate" in tracker.rows[0]
 
 
-def test_a_run_does_not_take_the_digits_of_one_with_other_rows(monkeypatch):
-    """Reference log-probs are kept for runs without a folder, each for its own cut into rows."""
-    monkeypatch.setattr(train, "_SCORED", {})
-    scored, real = [], train.all_logps
-    monkeypatch.setattr(train, "all_logps", lambda *a, **o: (scored.append(o["row_tokens"]), real(*a, **o))[1])
-    for row_tokens in (60, 60, 200, 60, 200):
+# --- the command line -----------------------------------------------------------------------------
+
+SECRETS = {
+    "HF_TOKEN": "hf_notforyoureyes0123456789",
+    "WANDB_API_KEY": "0123456789abcdefnotforyoureyes",
+}
+
+
+@pytest.fixture
+def data(tmp_path):
+    """Ten pairs in a file."""
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in pairs()))
+    return str(path)
+
+
+def shell(tmp_path, data, *more):
+    """Arguments of a short run; 3 pairs a step, so that two processes get unequal shares."""
+    short = "--steps 4 --batch 3 --learning-rate 2e-3 --beta 0.2 --seed 5".split()
+    output = str(tmp_path / "run")
+    return ["dpo", "--profile", "tiny", "--output", output, "--data", data, *short, *more]
+
+
+def test_two_processes_give_the_losses_of_one_and_write_no_secret(tmp_path, data):
+    torchrun = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "2",
+    ]
+    command = [*torchrun, "-m", "dpo_utils.train", *shell(tmp_path, data)]
+    environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
+    done = subprocess.run(command, **options, timeout=150)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("4 steps, last loss") == 1  # only one process speaks
+    _, settings = train.arguments(shell(tmp_path / "one", data))
+    one, _ = dpo(None, settings, train.training_data("dpo", settings)[0])
+    for ours, theirs in zip(read_history(tmp_path / "run"), one, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
+        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-4)
+        assert ours["rewards/accuracies"] == theirs["rewards/accuracies"]
+    assert one[0]["logps/chosen"] != one[1]["logps/chosen"]  # other pairs, other numbers
+    written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
+    written += (done.stdout + done.stderr).encode()
+    assert len(written) > 100_000 and not any(s.encode() in written for s in SECRETS.values())
+
+
+def test_sft_then_dpo_from_the_shell(tmp_path, data, capsys):
+    short = ["--steps", "2", "--batch", "4"]
+    main(["sft", "--profile", "tiny", "--output", str(tmp_path / "sft"), *short])
+    assert "SFT: 2 steps of 4 demonstrations" in capsys.readouterr().out
+    main(shell(tmp_path, data, "--adapter", str(tmp_path / "sft" / "adapter")))
+    out = capsys.readouterr().out
+    assert "plan: cpu, float32, NF4" in out and "sft/adapter" in out and "DPO: 4 steps of 3" in out
+    assert read_history(tmp_path / "run")[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
+    assert adapter_bytes(tmp_path / "run") != adapter_bytes(tmp_path / "sft")
+    main(shell(tmp_path, data, "--adapter", str(tmp_path / "sft" / "adapter")))
+    assert "this run is finished" in capsys.readouterr().out
+    one_line(
+        shell(tmp_path, data, "--adapter", str(tmp_path / "sft")), "did you mean .*sft/adapter"
+    )
+
+
+def one_line(arguments, message):
+    """The command ends with a message that holds this, and with no traceback."""
+    with pytest.raises(SystemExit, match=message) as stop:
+        main(arguments)
+    assert stop.value.code not in (0, None)
+
+
+def test_what_can_be_foreseen_ends_in_one_message_before_a_model_is_loaded(
+    tmp_path, data, monkeypatch
+):
+    monkeypatch.setattr(train, "load_policy", None)
+    sft_run = ["sft", "--profile", "tiny", "--output", str(tmp_path), "--steps", "0"]
+    one_line(sft_run, "sft_steps must be greater than 0, got 0")
+    one_line(shell(tmp_path, str(tmp_path / "missing.jsonl")), "missing.jsonl")
+    one_line([*shell(tmp_path, data), "--beta", "-1"], "beta must be greater than 0, got -1")
+    one_line([*shell(tmp_path, data), "--column", "prompt"], "2")
+    one_line(["dpo", "--profile", "huge", "--output", str(tmp_path)], "unknown profile 'huge'")
+    (tmp_path / "broken.jsonl").write_text('{"prompt": "Why?", "chosen": "a"\n')
+    one_line(shell(tmp_path, str(tmp_path / "broken.jsonl")), "broken.jsonl.*1")
+    one_line([*shell(tmp_path, data), "--loss", "dop"], "unknown loss 'dop': choose one of dpo")
+    monkeypatch.undo()
+    monkeypatch.setenv("DPO_MODEL", "nobody/nothing")
+    one_line(shell(tmp_path, data), "cannot get 'nobody/nothing'.*DPO_PROFILE=tiny")
+
+
+def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
+    rows = [{"Q": f"Why {i}?", "good": "So.", "bad": "No."} for i in range(9)]
+    rows += [
+        {"Q": "Why 0?", "good": "No.", "bad": "So."},
+        {"Q": "Why 9?", "good": "", "bad": "No."},
+    ]
+    path = tmp_path / "mine.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    named = "--column prompt=Q --column chosen=good --column rejected=bad".split()
+    one_line(shell(tmp_path, str(path), *named), "mine.jsonl.*row 11")
+    main(shell(tmp_path, str(path), *named, "--on-error", "skip"))
+    out = capsys.readouterr().out
+    assert re.search(r"\d rows to train on, \d more held out by prompt\n  2 rows contradict", out)
+
+
+def test_the_start_is_quiet_and_needs_no_network(tmp_path):
+    blocked = (
+        "import socket, runpy; socket.socket.connect = None; runpy.run_module('dpo_utils.train', "
+    )
+    arguments = ["dpo", "--profile", "tiny", "--output", str(tmp_path), "--loss", "none"]
+    code = f"import sys; sys.argv[1:] = {arguments}; {blocked}run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.stderr.strip().startswith("ValueError: unknown loss")
+    assert len(done.stderr.strip().splitlines()) == 1
+
+
+def test_flags_change_the_fields_of_their_stage():
+    line = "sft --output x --data d.jsonl --steps 3 --learning-rate 0.5 --target-modules fc1 fc2"
+    _, settings = train.arguments([*line.split(), "--profile", "phi2"])
+    assert (settings.sft_dataset, settings.sft_steps) == ("d.jsonl", 3)
+    assert settings.sft_dataset_revision is None and settings.sft_learning_rate == 0.5
+    assert settings.target_modules == ("fc1", "fc2") and settings.steps == 200
+
+
+def test_reference_log_probs_are_scored_once_for_each_way_to_batch(monkeypatch, tmp_path):
+    monkeypatch.setattr(reference, "_SCORED", {})
+    scored, real = [], reference.all_logps
+
+    def noted(*arguments, **options):
+        scored.append(options["row_tokens"])
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(reference, "all_logps", noted)
+    for row_tokens in (60, 200, 60, 200):
         dpo(None, profile(steps=1, row_tokens=row_tokens))
     assert scored == [60, 200]
-
-
-def test_compiled_layers_give_the_same_run(monkeypatch):
-    """The switch `compile_layers`, traced as for a GPU but run as it stands, so that no compiler is needed."""
-    compiled, real = [], torch.nn.Module.compile
-    monkeypatch.setattr(torch.nn.Module, "compile", lambda m, **o: (compiled.append(o), real(m, backend="eager", **o)))
-    wanted = dpo(None, profile(steps=2))[0]
-    assert not compiled
-    got = dpo(None, profile(steps=2, compile_layers=True))[0]
-    assert compiled == [{"dynamic": True}] * 4
-    assert [row["loss"] for row in got] == pytest.approx([row["loss"] for row in wanted], rel=1e-5)
+    for _ in range(2):
+        dpo(tmp_path, profile(steps=1))
+    assert scored == [60, 200, 64]

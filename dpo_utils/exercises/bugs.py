@@ -1,194 +1,181 @@
-"""The bug museum: wrong implementations found in circulating code, each with the check of `checks` that rejects it.
+"""The bug museum: wrong implementations found in circulating code. Never import them for work.
 
-Every function here is wrong on purpose; its docstring says how, and where the wrong number comes from. Never import it
-for work.
+A docstring says what is wrong and what follows from it, then the remedy. EXHIBITS names the check
+of `checks` that rejects each and quotes its docstring to a learner whose function does the same.
 """
+
+from inspect import isfunction, signature
 
 import torch
 from torch.nn.functional import logsigmoid
+from torch.nn.utils.rnn import pad_sequence
 
-# ---- log-probs of completions: judged by check_sequence_logps
+
+def next_token_logps(logits, input_ids):
+    """The log-probs of all tokens but the first, (N, T - 1): right, but often misused."""
+    return logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
 
 
 def unshifted_labels(logits, input_ids, completion_mask):
-    """Scores token t with the logits at t, which predict token t+1: a model is asked what it has just read."""
+    """Token t is scored by the logits at t, which predict token t + 1. Shift the labels."""
     logps = logits.log_softmax(-1).gather(-1, input_ids[..., None])[..., 0]
     return (logps * completion_mask).sum(-1)
 
 
 def mask_off_by_one(logits, input_ids, completion_mask):
-    """Shifts the labels but not the mask: the first answer token is lost and one token of padding is scored."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-    return (logps * completion_mask[:, :-1]).sum(-1)
+    """The first token is lost and a token of padding is scored. Shift the mask with the labels."""
+    return (next_token_logps(logits, input_ids) * completion_mask[:, :-1]).sum(-1)
 
 
 def first_token_missed(logits, input_ids, completion_mask):
-    """Forgets that the prompt's last position predicts the answer's first token, often the one that decides."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-    return (logps * (completion_mask[:, 1:] & completion_mask[:, :-1])).sum(-1)
+    """The completion's first token is lost. The prompt's last position predicts it: start there."""
+    kept = completion_mask[:, 1:] & completion_mask[:, :-1]
+    return (next_token_logps(logits, input_ids) * kept).sum(-1)
 
 
 def mean_over_padding(logits, input_ids, completion_mask):
-    """Divides by the padded width: the same answer scores differently in another batch."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-    return (logps * completion_mask[:, 1:]).mean(-1)
+    """Divided by the padded width, an answer's score depends on its batch. Sum over its tokens."""
+    return (next_token_logps(logits, input_ids) * completion_mask[:, 1:]).mean(-1)
 
 
 def prompt_scored(logits, input_ids, completion_mask):
-    """Sums from the row's first token: the prompt's log-prob drowns the answer's."""
-    logps = logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-    up_to_the_end = completion_mask.flip(1).cumsum(1).flip(1) > 0
-    return (logps * up_to_the_end[:, 1:]).sum(-1)
+    """The prompt's log-prob is added and drowns the answer's. Mask the prompt."""
+    kept = completion_mask.flip(1).cumsum(1).flip(1) > 0
+    return (next_token_logps(logits, input_ids) * kept[:, 1:]).sum(-1)
 
 
 def half_precision(logits, input_ids, completion_mask):
-    """Takes log-softmax and sum in bfloat16, two to three significant digits: nats are lost on a long answer."""
-    logps = logits.bfloat16()[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
-    return (logps * completion_mask[:, 1:]).sum(-1).to(torch.promote_types(logits.dtype, torch.float32))
+    """In bfloat16 two or three digits are left: a long answer is nats off. Use float32."""
+    logps = next_token_logps(logits.bfloat16(), input_ids)
+    return (
+        (logps * completion_mask[:, 1:]).sum(-1).to(torch.promote_types(logits.dtype, torch.float))
+    )
 
 
 def log_of_softmax(logits, input_ids, completion_mask):
-    """Takes the log of a probability that has already become zero."""
+    """A rare token's probability is zero before its log is taken. Use log_softmax."""
     logps = logits[:, :-1].float().softmax(-1).log().gather(-1, input_ids[:, 1:, None])[..., 0]
     return (logps * completion_mask[:, 1:]).sum(-1)
 
 
-# ---- batches: judged by check_collate
-
-
-def _pad(rows, pad_id):
-    width = max(len(ids) for ids in rows)
-    return torch.tensor([ids + [pad_id] * (width - len(ids)) for ids in rows])
-
-
-def _rows(pairs):
-    return [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+def _rows(pairs, pad_id):
+    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
+    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
+    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
+    ends = torch.tensor([[len(x)] for x in ids])
+    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
+    place = torch.arange(ids.shape[1])
+    return ids, place < starts, place < ends  # (2B, T): tokens, which are prompt, which are real
 
 
 def masks_by_pad_id(pairs, pad_id):
-    """Takes every token equal to the pad id for padding. Where pad is EOS, no answer is ever taught to stop."""
-    ids = _pad([prompt + answer for prompt, answer in _rows(pairs)], pad_id)
-    starts = torch.tensor([len(prompt) for prompt, _ in _rows(pairs)])
+    """If pad is EOS, the mask hides it and no answer learns to stop. Make masks from lengths."""
+    ids, prompt, _ = _rows(pairs, pad_id)
     real = ids != pad_id
-    return {
-        "input_ids": ids,
-        "attention_mask": real.long(),
-        "completion_mask": real & (torch.arange(ids.shape[1]) >= starts[:, None]),
-    }
+    return {"input_ids": ids, "attention_mask": real.long(), "completion_mask": real & ~prompt}
 
 
 def prompt_in_the_mask(pairs, pad_id):
-    """Uses the attention mask as completion mask: the prompt is trained as if it were an answer."""
-    rows = [prompt + answer for prompt, answer in _rows(pairs)]
-    mask = _pad([[1] * len(row) for row in rows], 0)
-    return {"input_ids": _pad(rows, pad_id), "attention_mask": mask, "completion_mask": mask.bool()}
+    """The attention mask serves as completion mask, so the prompt is trained too. Exclude it."""
+    ids, _, real = _rows(pairs, pad_id)
+    return {"input_ids": ids, "attention_mask": real.long(), "completion_mask": real}
 
 
 def response_hidden(pairs, pad_id):
-    """Builds attention from the prompt alone: every answer token is scored as if it were the first."""
-    batch = prompt_in_the_mask(pairs, pad_id)
-    prompts = torch.tensor([len(prompt) for prompt, _ in _rows(pairs)])[:, None]
-    before_answer = torch.arange(batch["input_ids"].shape[1]) < prompts
-    batch["completion_mask"] &= ~before_answer
-    return {**batch, "attention_mask": before_answer.long()}
-
-
-# ---- the loss: judged by check_dpo_loss
+    """The response is masked out of attention, so its tokens do not see each other. Show it."""
+    ids, prompt, real = _rows(pairs, pad_id)
+    return {"input_ids": ids, "attention_mask": prompt.long(), "completion_mask": real & ~prompt}
 
 
 def wrong_sign(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Rejected minus chosen: the loss falls nicely while the model learns the opposite."""
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    return -logsigmoid(beta * (rejected - chosen)), (beta * chosen).detach(), (beta * rejected).detach()
+    """Rejected minus chosen: the loss falls while the model learns the opposite. Swap them."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return -logsigmoid(rejected - chosen), chosen.detach(), rejected.detach()
 
 
 def rewards_without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """The loss is right, the logged rewards are log-ratios: 1/beta times the rewards."""
+    """The loss is right, the logged rewards are log-ratios. A reward is beta (policy - ref)."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     return -logsigmoid(beta * (chosen - rejected)), chosen.detach(), rejected.detach()
 
 
 def beta_outside(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Scales the loss, not the margin: beta becomes a second learning rate and the optimum forgets it."""
+    """Beta scales the loss, a second learning rate. Multiply the margin, inside the sigmoid."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    return -beta * logsigmoid(chosen - rejected), (beta * chosen).detach(), (beta * rejected).detach()
+    return -beta * logsigmoid(chosen - rejected), beta * chosen.detach(), beta * rejected.detach()
 
 
 def reference_forgotten(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Compares the policy's log-probs alone: short or already likely answers win, and nothing holds the policy back."""
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    return -logsigmoid(beta * (policy_chosen - policy_rejected)), (beta * chosen).detach(), (beta * rejected).detach()
+    """Likely or short answers win, and nothing holds the policy back. Subtract the reference."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    losses = -logsigmoid(beta * (policy_chosen - policy_rejected))
+    return losses, chosen.detach(), rejected.detach()
 
 
 def log_of_sigmoid(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Takes the log of a sigmoid that has already become zero: the loss is infinite just where it matters."""
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    return -torch.sigmoid(beta * (chosen - rejected)).log(), (beta * chosen).detach(), (beta * rejected).detach()
+    """The sigmoid is zero, and the loss infinite, just where it matters. Use logsigmoid."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return -torch.sigmoid(chosen - rejected).log(), chosen.detach(), rejected.detach()
 
 
 def rewards_with_gradient(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Hands out rewards that keep the graph: a history of them keeps every step's activations in memory."""
-    chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
-    return -logsigmoid(beta * (chosen - rejected)), beta * chosen, beta * rejected
+    """A history of such rewards keeps every step's activations in memory. Detach them."""
+    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
+    return -logsigmoid(chosen - rejected), chosen, rejected
 
 
-# ---- IPO and KL: judged by check_ipo_loss and check_kl_estimate
-
-
-def ipo_summed(policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta):
-    """IPO on sums: the target 1/(2 beta) is meant per token; a long answer reaches it with a tiny change per token."""
+def ipo_summed(
+    policy_chosen, policy_rejected, ref_chosen, ref_rejected, chosen_lengths, rejected_lengths, beta
+):
+    """The target 1/(2 beta) is per token. Divide each log-prob by its completion's length."""
     return (policy_chosen - ref_chosen - (policy_rejected - ref_rejected) - 1 / (2 * beta)) ** 2
 
 
 def kl_on_the_dataset(policy, ref, dataset, generator):
-    """Averages log(policy / ref) over completions someone else wrote: this can be negative, and a KL cannot."""
+    """Averaged over completions of the reference, it can be negative. Sample from the policy."""
     return (policy / ref).log()[dataset].mean()
 
 
-# ---- the reference: judged by check_reference; each gives (policy_logps, reference_logps) from two models
-
-
 def reference_with_gradient(policy, reference, score):
-    """No torch.no_grad() around the reference: twice the memory, and a reference that trains if it shares weights."""
+    """Twice the memory, and it trains if it shares weights. Score it under torch.no_grad()."""
     return lambda: score(policy), lambda: score(reference)
 
 
 def reference_in_train_mode(policy, reference, score):
-    """Dropout left on: two looks at the same answer disagree by nats, and the first loss is not ln 2."""
+    """With dropout, the same answer scores differently each time. Call eval() on the reference."""
     reference.train()
     return lambda: score(policy), lambda: score(reference).detach()
 
 
 def reference_is_the_policy(policy, reference, score):
-    """`reference = policy` is a second name, not a copy: loss ln 2, weight one half for ever, and no leash."""
+    """`reference = policy` is a second name: the loss stays at ln 2. Copy it before training."""
     return lambda: score(policy), lambda: score(policy).detach()
 
 
 def policy_frozen(policy, reference, score):
-    """An adapter loaded for inference: every number is right and nothing learns."""
+    """Nothing is trainable, as in an adapter loaded for inference. Load it trainable."""
     return lambda: score(policy).detach(), lambda: score(reference).detach()
 
 
 def reference_before_sft(policy, reference, score):
-    """The base model where the SFT model should stand: the policy starts with rewards it has not earned."""
+    """The policy starts with rewards it has not earned. Use the model that training starts from."""
     base = next(p for p in reference.parameters() if p.ndim == 2)
     with torch.no_grad():
         base += 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(0))
     return lambda: score(policy), lambda: score(reference).detach()
 
 
-EXHIBITS = {
-    "check_sequence_logps": [
-        unshifted_labels, mask_off_by_one, first_token_missed, mean_over_padding, prompt_scored, half_precision,
-        log_of_softmax,
-    ],
-    "check_collate": [masks_by_pad_id, prompt_in_the_mask, response_hidden],
-    "check_dpo_loss": [
-        wrong_sign, rewards_without_beta, beta_outside, reference_forgotten, log_of_sigmoid, rewards_with_gradient,
-    ],
-    "check_ipo_loss": [ipo_summed],
-    "check_kl_estimate": [kl_on_the_dataset],
-    "check_reference": [
-        reference_with_gradient, reference_in_train_mode, reference_is_the_policy, policy_frozen, reference_before_sft,
-    ],
-}  # fmt: skip
+def _with_parameters(*names):
+    functions = [x for x in globals().values() if isfunction(x) and not x.__name__.startswith("_")]
+    return [f for f in functions if tuple(signature(f).parameters) == names]
+
+
+FOUR = "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"
+EXHIBITS = {  # a bug has the parameters of what it imitates, and they tell its check
+    "check_sequence_logps": _with_parameters("logits", "input_ids", "completion_mask"),
+    "check_collate": _with_parameters("pairs", "pad_id"),
+    "check_dpo_loss": _with_parameters(*FOUR, "beta"),
+    "check_ipo_loss": _with_parameters(*FOUR, "chosen_lengths", "rejected_lengths", "beta"),
+    "check_kl_estimate": _with_parameters("policy", "ref", "dataset", "generator"),
+    "check_reference": _with_parameters("policy", "reference", "score"),
+}

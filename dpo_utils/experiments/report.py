@@ -1,125 +1,144 @@
-"""Before and after, over seeds: SFT, DPO and held-out accuracy beside the baselines, as one table and one figure.
+"""Before and after, over seeds: SFT and DPO next to the baselines, as a table and a figure.
 
-python -m dpo_utils.experiments.report --profile smollm2 --name misconceptions [--data FILE] [--column prompt=Question ...]
-                           [--benchmark TruthfulQA.csv --limit 80]
+python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE]
+                           [--column prompt=Question ...] [--benchmark TruthfulQA.csv --limit 80]
 """
 
 import argparse
-import dataclasses
 import json
 import random
-import resource
+import re
 import time
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
 
-import matplotlib.pyplot as plt
-import numpy as np
+import pandas as pd
 import torch
+from huggingface_hub import ModelCard, ModelCardData
 
-from dpo_utils import plots
-from dpo_utils.experiments.truthfulqa import multiple_choice, overlap, read_truthfulqa
+from dpo_utils import evaluate, plots
+from dpo_utils.checkpoints import write_file
 from dpo_utils.data import column_name, load_preferences, plain_text, split_by_prompt
-from dpo_utils.divergence import calibration, sampled_kl
-from dpo_utils.evaluate import bootstrap, preference_table, sample, sample_ids, surface_baselines, wins
+from dpo_utils.experiments.truthfulqa import multiple_choice, overlap, read_truthfulqa
 from dpo_utils.models import as_reference, load_policy
-from dpo_utils.profiles import describe, load_profile, make_plan, run_directory
+from dpo_utils.profiles import ASSETS, PINS, describe, load_profile, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
-UNITS = {
-    "margins": " (beta × nats)", "chosen log-ratio": " (nats)", "rejected log-ratio": " (nats)",
-    "KL to the reference": " (nats an answer)", "tokens of a sample, SFT": "", "tokens of a sample, DPO": "",
-}  # fmt: skip
+try:
+    import resource
+except ImportError:  # Windows does not have it
+    resource = None
+MARGINS = "margins (beta × nats)"
 
 
-def run_once(profile, pairs, folder, fresh: bool, benchmark=None, limit=None) -> dict:
-    """One seed: split by prompt, SFT, DPO, measure. Arrays are per held-out pair or per sampled answer.
+def write_card(folder, profile, pairs: int, held_out: int, metrics: dict, drift: dict) -> Path:
+    """Write README.md in `folder`, a Hugging Face model card without local paths; gives its path.
 
-    benchmark: rows of `read_truthfulqa` to answer before and after, those near a training pair left out.
+    pairs, held_out: numbers of preference pairs. metrics: {name: (estimate, low, high)}. drift:
+    {what against what: {"mean": nats, "largest": nats}}. Raises ValueError without metrics.
     """
+    if not metrics:
+        raise ValueError("a model card needs a measurement: run the evaluation, give its metrics")
+    values = {"profile": profile, "pairs": pairs, "held_out": held_out}
+    head = {"library_name": "peft", "tags": ["dpo", "lora"]}
+    hub_names = {"model": "base_model", "dataset": "datasets"}
+    for field, pin in PINS.items():
+        source, revision = getattr(profile, field), getattr(profile, pin)
+        on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source).exists()
+        values[field] = f"{source} @ {revision}" if revision else source
+        if not revision and not on_hub:
+            values[field] = Path(source).name
+        if revision and field in hub_names:
+            head[hub_names[field]] = source
+    values |= {"card_data": ModelCardData(**head), "metrics": metrics, "drift": drift}
+    card = ModelCard.from_template(template_path=ASSETS / "model_card.md", **values)
+    path = Path(folder) / "README.md"
+    write_file(path, str(card).encode())
+    return path
+
+
+def run_once(profile, pairs, folder, fresh: bool, benchmark: list[dict], limit) -> dict:
+    """One seed: split by prompt, SFT, DPO, measure. The tables are indexed by held-out prompt."""
     start = time.perf_counter()
     train, held_out = split_by_prompt(pairs, profile.held_out, seed=profile.seed)
-    model, tokenizer = load_policy(profile)
-    train_sft(model, tokenizer, training_data("sft", profile)[0], profile, folder / "sft", fresh=fresh)
-    model, tokenizer = load_policy(profile, adapter=folder / "sft" / "adapter")
-    history = train_dpo(model, tokenizer, train, profile, folder / "dpo", fresh=fresh)
+    demonstrations, _ = training_data("sft", profile)
+    train_sft(*load_policy(profile), demonstrations, profile, folder / "sft", fresh=fresh)
+    model, tokenizer = ours = load_policy(profile, adapter=folder / "sft" / "adapter")
+    train_dpo(*ours, train, profile, folder / "dpo", fresh=fresh)
     seconds = time.perf_counter() - start
-    table = preference_table(model, tokenizer, held_out, profile)
-    with model.disable_adapter():
-        base = preference_table(model, tokenizer, held_out, profile)
-    usable = held_out.select(table["row"] - 1)
-    hits = {
-        "DPO, implicit reward": wins(table["margins"], 0),
-        "DPO, raw log-prob": wins(table["policy_chosen"], table["policy_rejected"]),
-        "SFT, raw log-prob": wins(table["ref_chosen"], table["ref_rejected"]),
-        "base, raw log-prob": wins(base["policy_chosen"], base["policy_rejected"]),
-        **surface_baselines(train, usable),
+    states = {
+        "DPO": nullcontext,
+        "SFT": partial(as_reference, model),
+        "base": model.disable_adapter,
     }
-    drawn = sample_ids(model, tokenizer, usable["prompt"][:64], max_new_tokens=profile.max_new_tokens, seed=profile.seed)
-    with as_reference(model):
-        before = sample_ids(model, tokenizer, usable["prompt"][:64], max_new_tokens=profile.max_new_tokens, seed=profile.seed)
+
+    def of_each(measure, *args, **options):
+        out = {}
+        for who, state in states.items():
+            with state():
+                out[who] = measure(*ours, *args, **options)
+        return out
+
+    tables = of_each(evaluate.preference_table, held_out, profile)
+    table, usable = tables["DPO"], held_out.select(tables["DPO"]["row"] - 1)
+    hits = {"DPO, implicit reward": evaluate.wins(table["margins"], 0)}
+    for who, logps in tables.items():
+        sides = logps["policy_chosen"], logps["policy_rejected"]
+        hits[f"{who}, raw log-prob"] = evaluate.wins(*sides)
+    hits |= evaluate.surface_baselines(train, usable)
+    nats = {MARGINS: table["margins"]}
+    for side in ("chosen", "rejected"):
+        nats[f"{side} log-ratio (nats)"] = table[f"{side}_rewards"] / profile.beta
+    prompts, options = usable["prompt"], {"max_new_tokens": profile.max_new_tokens}
+    drawn = of_each(evaluate.sample_ids, prompts[:64], seed=profile.seed, **options)
+    kl = evaluate.sampled_kl(*ours, drawn["DPO"], batch=4)["full"]
+    samples = {"KL to the reference (nats per answer)": kl}
+    for who in ("SFT", "DPO"):
+        samples[f"tokens of a sample, {who}"] = [len(answer) for _, answer in drawn[who]]
+    greedy = of_each(evaluate.sample, prompts[:5], temperature=0, **options)
+    names = [plain_text(prompt) for prompt in prompts]
+    texts = zip(names, greedy["base"], greedy["DPO"], strict=False)
+
+    rows, counts = unseen(benchmark, train, limit) if benchmark else ([], {})
     return {
-        "drawn prompts": [plain_text(p) for p in usable["prompt"][:64]],
-        "KL to the reference": sampled_kl(model, tokenizer, drawn, batch=4)["full"],
-        "tokens of a sample, SFT": [len(ids) for _, ids in before],
-        "tokens of a sample, DPO": [len(ids) for _, ids in drawn],
-        "multiple choice": choices(model, tokenizer, train, benchmark, limit) if benchmark else None,
-        "prompts": [plain_text(p) for p in usable["prompt"]],
-        "hits": hits,
-        "margins": table["margins"],
-        "chosen log-ratio": table["chosen_rewards"] / profile.beta,
-        "rejected log-ratio": table["rejected_rewards"] / profile.beta,
+        "accuracies": pd.DataFrame(hits, index=names),
+        "nats": pd.DataFrame(nats, index=names),
+        "samples drawn": pd.DataFrame(samples, index=names[:64]),
+        "multiple choice": counts | of_each(multiple_choice, rows) if rows else None,
         "seconds": seconds,
-        "history": history,
-        "samples": before_and_after(model, tokenizer, usable, profile),
+        "samples": [{"prompt": p, "base": b, "DPO": a} for p, (b,), (a,) in texts],
     }
 
 
-def choices(model, tokenizer, train, benchmark, limit: int | None) -> dict:
-    """TruthfulQA's mc1 and mc2 of base, SFT and DPO on the questions that no training pair is near to."""
+def unseen(benchmark: list[dict], train, limit: int | None) -> tuple[list[dict], dict]:
+    """Rows of the benchmark that no training pair is near, at most `limit` of them; and counts."""
     trained = [f"{plain_text(row['prompt'])} {plain_text(row['chosen'])}" for row in train]
-    near = {row["benchmark"] - 1 for row in overlap(trained, [f"{row['question']} {row['best']}" for row in benchmark])}
-    rows = [row for i, row in enumerate(benchmark) if i not in near]
+    near = overlap(trained, [f"{row['question']} {row['best']}" for row in benchmark])
+    seen = {row["benchmark"] for row in near}
+    rows = [row for i, row in enumerate(benchmark, start=1) if i not in seen]
     rows = random.Random(0).sample(rows, min(limit or len(rows), len(rows)))
-    out = {"questions": len(rows), "left out": len(near), "DPO": multiple_choice(model, tokenizer, rows)}
-    with as_reference(model):
-        out["SFT"] = multiple_choice(model, tokenizer, rows)
-    with model.disable_adapter():
-        out["base"] = multiple_choice(model, tokenizer, rows)
-    return out
-
-
-def before_and_after(model, tokenizer, held_out, profile, n: int = 5) -> list[dict]:
-    """Greedy answers of base and DPO to the first n held-out prompts."""
-    prompts = held_out["prompt"][:n]
-    options = {"temperature": 0, "max_new_tokens": profile.max_new_tokens}
-    after = sample(model, tokenizer, prompts, **options)
-    with model.disable_adapter():
-        before = sample(model, tokenizer, prompts, **options)
-    rows = zip(prompts, before, after, strict=True)
-    return [{"prompt": plain_text(p), "base": b[0], "DPO": a[0]} for p, b, a in rows]
-
-
-def pooled(runs, values, prompts: str = "prompts") -> tuple[float, float, float]:
-    """(mean, low, high) over all seeds; a prompt held out by several seeds is resampled as one."""
-    return bootstrap(np.concatenate([values(run) for run in runs]), groups=[prompt for run in runs for prompt in run[prompts]])
+    return rows, {"questions": len(rows), "left out": len(near)}
 
 
 def summarise(runs) -> dict:
-    """Accuracies, margins and log-ratios with 95 % intervals, and what a run costs."""
-    accuracies = {name: pooled(runs, lambda run, name=name: run["hits"][name]) for name in runs[0]["hits"]}
-    nats = {name: pooled(runs, lambda run, name=name: run[name]) for name in ("margins", "chosen log-ratio", "rejected log-ratio")}
-    drawn = ("KL to the reference", "tokens of a sample, SFT", "tokens of a sample, DPO")
-    honest = calibration(np.concatenate([run["margins"] for run in runs]))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    """Means with 95 % intervals, pooled over the seeds, and what a run costs.
+
+    A prompt that several seeds held out is resampled as one.
+    """
+    summary, kinds = {}, ("accuracies", "nats", "samples drawn")
+    pooled = {kind: pd.concat([run[kind] for run in runs]) for kind in kinds}
+    for kind, table in pooled.items():
+        columns = table.items()
+        summary[kind] = {name: evaluate.bootstrap(x, groups=table.index) for name, x in columns}
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
-    return {
-        "accuracies": accuracies,
-        "nats": nats,
-        "samples drawn": {name: pooled(runs, lambda run, name=name: run[name], "drawn prompts") for name in drawn},
-        "calibration": honest,
+    else:
+        peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return summary | {
+        "calibration": evaluate.calibration(pooled["nats"][MARGINS]),
         "multiple choice": runs[0]["multiple choice"],
-        "accuracy by seed": [float(np.mean(run["hits"]["DPO, implicit reward"])) for run in runs],
-        "held-out pairs by seed": [len(run["prompts"]) for run in runs],
         "seconds by seed": [run["seconds"] for run in runs],
         "peak memory GiB": peak,
         "samples": runs[0]["samples"],
@@ -127,61 +146,57 @@ def summarise(runs) -> dict:
 
 
 def markdown(summary) -> str:
-    """The table as Markdown."""
+    """The table, and what else was measured, as Markdown."""
     lines = ["| held-out pairs, pooled over seeds | estimate | 95 % interval |", "|---|---|---|"]
-    for name, (value, low, high) in (summary["accuracies"] | summary["nats"] | summary["samples drawn"]).items():
-        unit = UNITS.get(name, ", accuracy")
-        lines.append(f"| {name}{unit} | {value:.3f} | {low:.3f} to {high:.3f} |")
-    honest, choice = summary["calibration"], summary["multiple choice"]
-    lines.append(f"\nCalibration of σ(margin): Brier {honest['brier']:.3f}, expected calibration error {honest['ece']:.3f}.")
-    if choice:
-        cells = [(who, task, *choice[who][task]) for who in ("base", "SFT", "DPO") for task in ("mc1", "mc2")]
-        scores = ", ".join(f"{who} {task} {mean:.3f} ± {error:.3f}" for who, task, mean, error in cells)
-        asked = f"{choice['questions']} questions, after {choice['left out']} near a training pair were left out"
-        lines.append(f"\nTruthfulQA ({asked}; ± one standard error): {scores}.")
+    rows = {f"{name}, accuracy": interval for name, interval in summary["accuracies"].items()}
+    for name, (value, low, high) in (rows | summary["nats"] | summary["samples drawn"]).items():
+        lines.append(f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |")
+    scores = "Brier {brier:.3f}, expected calibration error {ece:.3f}"
+    lines.append(f"\nCalibration of σ(margin): {scores.format(**summary['calibration'])}.")
+    if choice := summary["multiple choice"]:
+        cells = [(who, task) for who in ("base", "SFT", "DPO") for task in ("mc1", "mc2")]
+        shown = ["{} {} {:.3f} ± {:.3f}".format(*cell, *choice[cell[0]][cell[1]]) for cell in cells]
+        left_out = f"after {choice['left out']} near a training pair were left out"
+        what = f"TruthfulQA ({choice['questions']} questions, {left_out}; ± one standard error)"
+        lines.append(f"\n{what}: {', '.join(shown)}.")
     seconds = ", ".join(f"{s:.0f}" for s in summary["seconds by seed"])
-    lines.append(f"\nSeconds a seed: {seconds}; peak memory {summary['peak memory GiB']:.1f} GiB.")
-    return "\n".join(lines)
-
-
-def figure(summary, runs, title: str):
-    """Accuracies with intervals; margins of single held-out pairs."""
-    fig, (left, right) = plt.subplots(1, 2, figsize=(10.5, 3.4), layout="constrained", width_ratios=(1.4, 1))
-    plots.interval_bars(summary["accuracies"], left, "held-out accuracy", marks=[(0.5, "a coin")])
-    plots.margin_histogram(np.concatenate([run["margins"] for run in runs]), right)
-    fig.suptitle(title)
-    return fig
+    memory = summary["peak memory GiB"]
+    peak = f"peak memory {memory:.1f} GiB" if memory else "peak memory not measured on Windows"
+    return "\n".join([*lines, f"\nSeconds per seed: {seconds}; {peak}."])
 
 
 def main(argv=None) -> None:
     """The command line."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(prog="python -m dpo_utils.report", description=__doc__)
     parser.add_argument("--profile", default="smollm2")
-    parser.add_argument("--name", default="misconceptions", help="names the figure: figures/<profile>_<name>.png")
-    parser.add_argument("--data", help="preferences: a local file or a hub id; by default the profile's")
-    named = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
-    parser.add_argument("--column", **named, help="a column's name in the file")
+    parser.add_argument("--name", default="misconceptions", help="figures/<profile>_<name>.png")
+    parser.add_argument("--data", help="preferences: a local file or a hub id")
+    parser.add_argument("--column", action="append", default=[], type=column_name)
     parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--benchmark", help="TruthfulQA's CSV: mc1 and mc2 before and after, for the first seed")
-    parser.add_argument("--limit", type=int, help="only so many questions of the benchmark, drawn with a seed")
-    parser.add_argument("--fresh", action="store_true", help="train again what is already under runs/")
+    parser.add_argument("--benchmark", help="TruthfulQA's CSV, which the first seed answers")
+    parser.add_argument("--limit", type=int, help="only so many questions of the benchmark")
+    parser.add_argument("--fresh", action="store_true", help="train again what is under runs/")
     args = parser.parse_args(argv)
-    base = load_profile(args.profile, **({"dataset": args.data, "dataset_revision": None} if args.data else {}))
-    pairs = load_preferences(base.dataset, columns=dict(args.column) or None, revision=base.dataset_revision)
+    base = load_profile(args.profile, **({"dataset": args.data} if args.data else {}))
+    columns = dict(args.column) or None
+    pairs = load_preferences(base.dataset, columns=columns, revision=base.dataset_revision)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
-    benchmark = read_truthfulqa(args.benchmark) if args.benchmark else []
-    runs = []
+    questions, runs = read_truthfulqa(args.benchmark) if args.benchmark else [], []
     for seed in range(args.seeds):
-        folder = run_directory(base) / args.name / f"seed{seed}"
-        asked = benchmark if seed == 0 else None
-        runs.append(run_once(dataclasses.replace(base, seed=seed), pairs, folder, args.fresh, asked, args.limit))
-        print(
-            f"seed {seed}: accuracy {np.mean(runs[-1]['hits']['DPO, implicit reward']):.3f}, {runs[-1]['seconds']:.0f} s",
-            flush=True,
-        )
+        profile, folder = replace(base, seed=seed), run_directory(base) / args.name / f"seed{seed}"
+        asked = questions if seed == 0 else []
+        runs.append(run_once(profile, pairs, folder, args.fresh, asked, args.limit))
     summary = summarise(runs)
-    plots.save_figure(figure(summary, runs, f"{base.name}: {args.name}"), f"{base.name}_{args.name}", summary)
-    print(markdown(summary), json.dumps(summary["samples"], indent=1, ensure_ascii=False), sep="\n\n")
+    figure, (left, right) = plots.plt.subplots(
+        1, 2, figsize=(10.5, 3.4), layout="constrained", width_ratios=(1.4, 1)
+    )
+    plots.interval_bars(summary["accuracies"], left, "held-out accuracy", marks=[(0.5, "chance")])
+    plots.margin_histogram(pd.concat([run["nats"][MARGINS] for run in runs]), right)
+    figure.suptitle(f"{base.name}: {args.name}")
+    plots.save_figure(figure, f"{base.name}_{args.name}", summary)
+    print(
+        markdown(summary), json.dumps(summary["samples"], indent=1, ensure_ascii=False), sep="\n\n"
+    )
 
 
 if __name__ == "__main__":

@@ -1,44 +1,32 @@
-"""TruthfulQA's multiple choice through lm-eval, and the question to ask before: was the benchmark in the training data?"""
+"""TruthfulQA's multiple choice, scored by lm-eval; and was the benchmark in the training data?"""
 
-import csv
-import json
 import re
-import tempfile
-from pathlib import Path
+
+import pandas as pd
+from datasets import Dataset
+from sklearn.feature_extraction.text import TfidfVectorizer
 
 from dpo_utils.data import fold
-from dpo_utils.divergence import mean_and_error
+from dpo_utils.evaluate import mean_and_error
 
-TASKS = ("truthfulqa_mc1", "truthfulqa_mc2")
-COMMON = frozenset(
-    "a an the is are was were be been do does did can could will would should has have had of in on at to for from by with "
-    "and or if it its what which who whom whose when where why how that this you your they their there than then as not".split()
+COMMON = set(
+    "a an the is are was were be been do does did can could will would should has have had of in "
+    "on at to for from by with and or if it its what which who whom whose when where why how that "
+    "this you your they their there than then as not".split()
 )
 
 
 def read_truthfulqa(path) -> list[dict]:
-    """Rows of the benchmark's CSV (TruthfulQA.csv): question, best, correct and incorrect (lists).
-
-    Raises ValueError naming the columns that are missing.
-    """
-    with open(path, encoding="utf-8-sig", newline="") as file:
-        rows = list(csv.DictReader(file))
-    wanted = ("Question", "Best Answer", "Correct Answers", "Incorrect Answers")
-    if missing := [name for name in wanted if not rows or name not in rows[0]]:
-        raise ValueError(f"{path} has no column {', '.join(map(repr, missing))}: it is not TruthfulQA's CSV")
-
-    def listed(text):
-        return [part.strip() for part in text.split(";") if part.strip()]
-
-    return [
-        {
-            "question": row["Question"],
-            "best": row["Best Answer"],
-            "correct": listed(row["Correct Answers"]),
-            "incorrect": listed(row["Incorrect Answers"]),
-        }
-        for row in rows
-    ]
+    """Rows of TruthfulQA.csv: question, best, correct and incorrect (lists). Raises ValueError."""
+    table = pd.read_csv(path, dtype=str, keep_default_na=False, encoding="utf-8-sig")
+    columns = ["Question", "Best Answer", "Correct Answers", "Incorrect Answers"]
+    if missing := [name for name in columns if name not in table]:
+        names = ", ".join(map(repr, missing))
+        raise ValueError(f"{path} has no column {names}: it is not TruthfulQA's CSV")
+    table = table[columns].set_axis(["question", "best", "correct", "incorrect"], axis=1)
+    for side in ("correct", "incorrect"):
+        table[side] = [[a.strip() for a in text.split(";") if a.strip()] for text in table[side]]
+    return table.to_dict("records")
 
 
 def words(text: str) -> list[str]:
@@ -48,73 +36,52 @@ def words(text: str) -> list[str]:
 
 
 def overlap(trained, benchmark, threshold: float = 0.3) -> list[dict]:
-    """Texts of a benchmark (question and answer) that are near a training text (prompt and chosen answer), nearest first.
+    """Texts of a benchmark (question and answer) that are near a training text, nearest first.
 
-    Similarity is the cosine of TF-IDF vectors over `words`, 1 for equal texts. It sees words, not meaning: read the rows,
-    and expect that it misses some. Rows: benchmark and trained (1-based numbers), similarity, and the two texts.
+    Rows: benchmark and trained (1-based numbers), similarity (the cosine of TF-IDF over `words`, 1
+    for equal texts) and the two texts. It sees words, not meaning: it misses some.
     """
-    from sklearn.feature_extraction.text import TfidfVectorizer
-
     trained, benchmark = list(trained), list(benchmark)
-    vectors = TfidfVectorizer(sublinear_tf=True, tokenizer=words, token_pattern=None, lowercase=False).fit(trained + benchmark)
-    similarity = (vectors.transform(benchmark) @ vectors.transform(trained).T).toarray()  # (benchmark, trained)
-    rows = [
-        {
-            "benchmark": i + 1, "trained": int(near.argmax()) + 1, "similarity": float(near.max()),
-            "texts": (benchmark[i], trained[near.argmax()]),
-        }
-        for i, near in enumerate(similarity) if near.max() >= threshold
-    ]  # fmt: skip
-    return sorted(rows, key=lambda row: -row["similarity"])
+    tfidf = TfidfVectorizer(sublinear_tf=True, tokenizer=words, token_pattern=None, lowercase=False)
+    tfidf.fit(trained + benchmark)
+    cosines = (tfidf.transform(benchmark) @ tfidf.transform(trained).T).toarray()
+    nearest = [(float(row.max()), i, int(row.argmax())) for i, row in enumerate(cosines)]
+    return [
+        {"benchmark": i + 1, "trained": j + 1, "similarity": s, "texts": (benchmark[i], trained[j])}
+        for s, i, j in sorted(nearest, key=lambda row: -row[0])
+        if s >= threshold
+    ]
 
 
-def multiple_choice(model, tokenizer, rows=None, limit: int | None = None, batch: int = 16) -> dict[str, tuple[float, float]]:
-    """{"mc1": (accuracy, standard error), "mc2": ...} of the model as it is (adapter on), by lm-eval, zero-shot.
+def multiple_choice(model, tokenizer, rows=None, limit=None, batch: int = 16) -> dict:
+    """{"mc1": (accuracy, standard error), "mc2": ...} of the model as it is, by lm-eval, zero-shot.
 
-    mc1: is the best answer the most probable of all? mc2: the share of probability on the correct answers (Lin et al.
-    2021). rows: from `read_truthfulqa`, the benchmark's own prompt; None asks the hub for all 817 questions.
-    Raises ImportError with the remedy where lm-eval is not installed.
+    mc1: is the best answer the most probable? mc2: the correct answers' share of probability (Lin
+    et al. 2021). rows: of `read_truthfulqa`; None asks the hub for all 817. Raises ImportError.
     """
     try:
-        import lm_eval
+        from lm_eval import simple_evaluate, tasks
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
     except ImportError as problem:
-        raise ImportError("the benchmark needs lm-eval: pip install 'dpo-workbook[benchmark]'") from problem
+        raise ImportError("lm-eval is missing: pip install 'dpo-workbook[benchmark]'") from problem
+
+    def choices(right, wrong):
+        return {"choices": [*right, *wrong], "labels": [1] * len(right) + [0] * len(wrong)}
+
+    def own_rows(**_):
+        columns = {"question": [row["question"] for row in rows]}
+        columns["mc1_targets"] = [choices([row["best"]], row["incorrect"]) for row in rows]
+        columns["mc2_targets"] = [choices(row["correct"], row["incorrect"]) for row in rows]
+        return {"validation": Dataset.from_dict(columns)}
+
+    own = {} if rows is None else {"custom_dataset": own_rows}
+    members = [{"task": f"truthfulqa_{name}", **own} for name in ("mc1", "mc2")]
+    options = {"limit": limit, "bootstrap_iters": 0, "log_samples": True}
+    options["tasks"] = [{"group": "truthfulqa_mc", "task": members}]
+    folder = f"{tasks.__path__[0]}/truthfulqa"  # these alone: to index all tasks takes long
+    options["task_manager"] = tasks.TaskManager(include_path=folder, include_defaults=False)
     was_training = model.training
-    model.eval()
-    judge = HFLM(pretrained=model, tokenizer=tokenizer, batch_size=batch, max_length=2048)
-    with tempfile.TemporaryDirectory() as folder:
-        names = TASKS if rows is None else _write_tasks(rows, Path(folder), Path(lm_eval.__file__).parent)
-        manager = TaskManager(include_path=None if rows is None else folder, include_defaults=rows is None)
-        out = lm_eval.simple_evaluate(
-            model=judge, tasks=list(names), task_manager=manager, limit=limit,
-            bootstrap_iters=0, verbosity="ERROR", log_samples=True,
-        )  # fmt: skip
+    judge = HFLM(model.eval(), tokenizer=tokenizer, batch_size=batch, max_length=2048)
+    found = simple_evaluate(judge, **options)["samples"]
     model.train(was_training)
-    return {name[-3:]: mean_and_error([sample["acc"] for sample in out["samples"][name]]) for name in names}
-
-
-def _write_tasks(rows, folder: Path, package: Path) -> list[str]:
-    """lm-eval's own task files, pointed at a local copy of these rows; returns the tasks' names."""
-    docs = [
-        {
-            "question": row["question"],
-            "mc1_targets": _targets([row["best"]], row["incorrect"]),
-            "mc2_targets": _targets(row["correct"], row["incorrect"]),
-        }
-        for row in rows
-    ]
-    data = folder / "truthfulqa.jsonl"
-    data.write_text("".join(json.dumps(doc) + "\n" for doc in docs))
-    for task in TASKS:
-        own = package / "tasks" / "truthfulqa" / f"{task}.yaml"
-        (folder / f"local_{task}.yaml").write_text(
-            f"include: {own}\ntask: local_{task}\ndataset_path: json\ndataset_name: null\n"
-            f"dataset_kwargs:\n  data_files:\n    validation: {data}\n  cache_dir: {folder / 'cache'}\n"
-        )
-    return [f"local_{task}" for task in TASKS]
-
-
-def _targets(right, wrong) -> dict:
-    return {"choices": [*right, *wrong], "labels": [1] * len(right) + [0] * len(wrong)}
+    return {name[-3:]: mean_and_error([row["acc"] for row in found[name]]) for name in found}

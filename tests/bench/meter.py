@@ -1,4 +1,4 @@
-"""What a stretch of code costs: wall and CPU seconds, floating point operations, and the bytes it holds at its peak."""
+"""What a stretch of code costs: wall and CPU seconds, floating point operations, and peak bytes."""
 
 import time
 
@@ -6,33 +6,37 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, sdpa_flop_count
 
-# PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as free. As on a GPU,
-# masked scores count: a row of L tokens costs L x L, whatever it may see.
+# PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as
+# free. Masked scores count, as on a GPU: a row of L tokens costs L x L, whatever it may see.
 aten = torch.ops.aten
 CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(q, k, v),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
+    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
+        q, k, v
+    ),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: (
+        sdpa_backward_flop_count(*a[:4])
+    ),
 }
-
-
 GPU = torch.cuda.is_available()
 
 
 class Meter:
-    """A context that fills `result` with what was asked for by `what`.
+    """A context that fills `result` with what `what` asks for, one thing at a time.
 
-    time: wall and cpu, in seconds. flops: all flops, and those of attention. memory: peak_bytes, the most bytes of
-    tensors alive at once above what was alive on entry. One at a time: counting costs time and holds tensors.
+    time: wall and cpu, in seconds. flops: all of them, and attention's. memory: the most bytes of
+    tensors alive at once, above what was alive on entry.
     """
 
     def __init__(self, what: str):
-        self.what, self.result = what, {}
+        self.what, self.result, self.counter = what, {}, None
+        if what == "memory" and not GPU:
+            self.counter = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
+        if what == "flops":
+            self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
     def __enter__(self):
-        if self.what == "memory":
-            self.memory = profile(activities=[ProfilerActivity.CPU], profile_memory=True).__enter__()
-        if self.what == "flops":
-            self.flops = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION).__enter__()
+        if self.counter:
+            self.counter.__enter__()
         if GPU:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -43,20 +47,22 @@ class Meter:
     def __exit__(self, *problem):
         if GPU:
             torch.cuda.synchronize()
+        wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
+        if self.counter:
+            self.counter.__exit__(*problem)
         if self.what == "time":
-            self.result = {"wall": time.perf_counter() - self.start[0], "cpu": time.process_time() - self.start[1]}
+            self.result = {"wall": wall, "cpu": cpu}
         if self.what == "flops":
-            self.flops.__exit__(*problem)
-            by_kind = self.flops.get_flop_counts()["Global"]
-            attention = sum(count for kind, count in by_kind.items() if "scaled_dot_product" in str(kind))
-            self.result = {"flops": self.flops.get_total_flops(), "attention_flops": attention}
+            kinds = self.counter.get_flop_counts()["Global"]
+            attention = sum(n for kind, n in kinds.items() if "scaled_dot_product" in str(kind))
+            total = self.counter.get_total_flops()
+            self.result = {"flops": total, "attention_flops": attention}
         if self.what == "memory":
-            self.memory.__exit__(*problem)
-            peak = torch.cuda.max_memory_allocated() - self.held if GPU else _peak_bytes(self.memory)
+            peak = torch.cuda.max_memory_allocated() - self.held if GPU else _peak(self.counter)
             self.result = {"peak_bytes": peak}
 
 
-def _peak_bytes(memory) -> int:
+def _peak(memory) -> int:
     """Highest running sum of the profiler's allocations (positive) and releases (negative)."""
     events = [e for e in memory.profiler.kineto_results.events() if e.name() == "[memory]"]
     alive = peak = 0

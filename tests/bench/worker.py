@@ -1,7 +1,7 @@
-"""One variant in a process of its own. It waits for its turn before every step and prints what the step cost as JSON.
+"""One variant in a process of its own, which waits for its turn before every step.
 
-python -m bench.worker MODEL_FOLDER SHAPE LENGTHS VARIANT; a turn is a line on standard input:
-`warm` (a step that is not measured), `time`, `flops` or `memory`.
+python -m bench.worker MODEL_FOLDER SHAPE LENGTHS VARIANT; a turn is a line on standard input,
+`warm`, `time`, `flops` or `memory`; the reply is JSON: what the step cost.
 """
 
 import contextlib
@@ -16,34 +16,19 @@ from unittest import mock
 import torch
 import torch.nn.functional as F
 from bench.meter import Meter
-from bench.shapes import STEP, profile_for, text_pairs
+from bench.shapes import STEP, pair_lengths, profile_for, random_text
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
 
-from dpo_utils import fit, logps, train
-from dpo_utils.models import (
-    as_reference,
-    disarm_cpu_repacking,
-    fuse_gelu,
-    load_policy,
-    lora_config,
-    quantisation_config,
-    trainable,
-)
+from dpo_utils import fast, logps, models, train
 from dpo_utils.profiles import make_plan
-from dpo_utils.tokens import as_item, pack_rows, tokenize_all
+from dpo_utils.tokens import as_item, tokenize_all
 
 REPLIES = os.fdopen(os.dup(1), "w")  # trainers print what they like: only turns go to the parent
 
 
-def give_memory_back() -> None:
-    """Return freed memory to the system while others have their turn: together they would fill 24 GiB."""
-    with contextlib.suppress(OSError, AttributeError):  # other C libraries do it by themselves
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
-
-
 class Turns:
-    """The worker's side of the alternation: `begin` waits for a turn, `end` replies with what it cost."""
+    """The worker's side of the alternation: `begin` waits for a turn, `end` says what it cost."""
 
     def begin(self):
         """Wait; leave when there are no more turns."""
@@ -53,10 +38,10 @@ class Turns:
         self.meter = Meter(self.turn).__enter__()
 
     def end(self, loss=None):
-        """Reply with what the turn cost."""
+        """Reply, and give freed memory back: all variants together would fill 24 GiB."""
         self.meter.__exit__(None, None, None)
-        if self.turn != "warm":
-            give_memory_back()
+        with contextlib.suppress(OSError, AttributeError):  # other C libraries do it by themselves
+            ctypes.CDLL("libc.so.6").malloc_trim(0)
         print(json.dumps({"loss": loss, **self.meter.result}), file=REPLIES, flush=True)
 
     def around(self, function):
@@ -72,43 +57,49 @@ class Turns:
 
 
 def move_adapter(model) -> None:
-    """Give the adapter seeded values that are not zero: with B = 0 every loss is ln 2, right or wrong."""
+    """Seeded values that are not zero: with B = 0 every loss is ln 2, right or wrong."""
     generator = torch.Generator().manual_seed(7)
     named = {n: p for n, p in model.named_parameters() if ".default." in n and "lora_" in n}
     for name in sorted(named):
         scale = 0.02 if "lora_B" in name else 0.05
-        named[name].data.copy_(torch.randn(named[name].shape, generator=generator) * scale)
+        values = torch.randn(named[name].shape, generator=generator) * scale
+        named[name].data.copy_(values)
 
 
 def raw_model(profile):
-    """The base as Hugging Face loads it, with none of ours but the switch without which 4-bit gradients are wrong on CPU."""
+    """The base as Hugging Face loads it, but for a switch without which 4 bits fail on CPUs."""
     plan = make_plan(profile)
-    quantisation = {"quantization_config": quantisation_config(plan.dtype)} if plan.quantize else {}
-    model = AutoModelForCausalLM.from_pretrained(profile.model, dtype=plan.dtype, device_map={"": plan.device}, **quantisation)
-    disarm_cpu_repacking(model)
+    options = {"dtype": plan.dtype, "device_map": {"": plan.device}}
+    if plan.quantize:
+        options["quantization_config"] = models.quantisation_config(plan.dtype)
+    model = AutoModelForCausalLM.from_pretrained(profile.model, **options)
+    models.disarm_cpu_repacking(model)
     return model
 
 
 def ours(turns, profile, pairs, _):
-    """`train_dpo` as readers call it."""
-    model, tokenizer = load_policy(profile)
-    move_adapter(model)
-    # policy and reference start apart here, so that losses can be compared: the check that refuses this makes way
-    mock.patch.object(fit, "before_first_step", lambda *_: turns.begin()).start()
-    mock.patch.object(train, "reference_logps", turns.around(train.reference_logps)).start()
+    """`train_dpo` as readers call it; its first step, before the adapter moves, is not measured."""
+    model, tokenizer = models.load_policy(profile)
+    measured = turns.around(train.reference_logps)
+    mock.patch.object(train, "reference_logps", measured).start()
 
     def after_step(history):
-        turns.end(history[-1]["loss"])
+        if len(history) == 1:
+            move_adapter(model)
+        else:
+            turns.end(history[-1]["loss"])
         turns.begin()
 
     train.train_dpo(model, tokenizer, pairs, profile, on_step=after_step)
 
 
 def trl(turns, profile, pairs, micro, best=False, same=False):
-    """TRL's DPOTrainer, whole. best: cached reference, no checkpointing, head on completions. same: sorted, tanh GELU."""
+    """TRL's DPOTrainer. best: cached reference, no checkpointing, head on completions alone.
+
+    same: sorted by length, with PyTorch's own tanh GELU.
+    """
     import trl.trainer.utils
     from datasets import Dataset
-    from transformers import TrainerCallback
     from trl import DPOConfig, DPOTrainer
 
     class Alternate(TrainerCallback):
@@ -120,70 +111,79 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
                 turns.end(logs["loss"])
                 turns.begin()
 
+    model, gpu, options = raw_model(profile), torch.cuda.is_available(), {}
     if best:
         # off GPUs TRL would score every position (on them this changes nothing)
         mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True).start()
-        mock.patch.object(DPOTrainer, "_precompute_ref_logps", turns.around(DPOTrainer._precompute_ref_logps)).start()
-    model, gpu = raw_model(profile), torch.cuda.is_available()
+        reference = turns.around(DPOTrainer._precompute_ref_logps)
+        mock.patch.object(DPOTrainer, "_precompute_ref_logps", reference).start()
+        options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
     if same:
-        fuse_gelu(model)
-        pairs = sorted(pairs, key=lambda p: max(len(p["prompt"] + p[side]) for side in ("chosen", "rejected")))
-    args = DPOConfig(
-        output_dir=tempfile.mkdtemp(), per_device_train_batch_size=micro, max_steps=profile.steps, max_length=None,
-        gradient_accumulation_steps=len(pairs) // micro, beta=profile.beta, learning_rate=profile.learning_rate,
-        lr_scheduler_type="constant", weight_decay=0.0, use_cpu=not gpu, report_to=[], logging_steps=1,
-        bf16=gpu and profile.dtype == "bfloat16",
-        save_strategy="no", disable_tqdm=True, train_sampling_strategy="sequential",
-        **({"gradient_checkpointing": False, "precompute_ref_log_probs": True} if best else {}),
-    )  # fmt: skip
+        fast.lean_layers(model)
+        pairs = sorted(pairs, key=lambda p: max(len(p["prompt"] + p[s]) for s in list(p)[1:]))
+    options |= {"per_device_train_batch_size": micro, "train_sampling_strategy": "sequential"}
+    options |= {"gradient_accumulation_steps": len(pairs) // micro, "max_steps": profile.steps}
+    options |= {"learning_rate": profile.learning_rate, "lr_scheduler_type": "constant"}
+    options |= {"beta": profile.beta, "max_length": None, "weight_decay": 0.0}
+    options |= {"use_cpu": not gpu, "bf16": gpu and profile.dtype == "bfloat16"}
+    options |= {"logging_steps": 1, "report_to": [], "save_strategy": "no", "disable_tqdm": True}
     trainer = DPOTrainer(
-        model, args=args, train_dataset=Dataset.from_list(pairs), peft_config=lora_config(profile),
-        processing_class=AutoTokenizer.from_pretrained(profile.model), callbacks=[Alternate()],
-    )  # fmt: skip
+        model,
+        args=DPOConfig(output_dir=tempfile.mkdtemp(), **options),
+        train_dataset=Dataset.from_list(pairs),
+        peft_config=models.lora_config(profile),
+        processing_class=AutoTokenizer.from_pretrained(profile.model),
+        callbacks=[Alternate()],
+    )
     move_adapter(trainer.model)
     trainer.train()
 
 
 def loop(turns, profile, pairs, micro, score):
-    """The textbook loop on the model as it comes: policy and reference scored in every step, in the data's order."""
-    model = get_peft_model(raw_model(profile).requires_grad_(False), lora_config(profile)).train()
+    """The textbook loop: policy and reference scored in every step, in the data's order."""
+    base = raw_model(profile).requires_grad_(False)
+    model = get_peft_model(base, models.lora_config(profile)).train()
     move_adapter(model)
-    rows, _ = tokenize_all(pairs, AutoTokenizer.from_pretrained(profile.model), profile.max_length)
-    items = [as_item(row) for row in rows]
-    optimizer = torch.optim.AdamW(trainable(model), lr=profile.learning_rate, weight_decay=0.0)
+    tokenizer = AutoTokenizer.from_pretrained(profile.model)
+    rows, _ = tokenize_all(pairs, tokenizer, profile.max_length)
+    items, weights = [as_item(row) for row in rows], models.trainable(model)
+    optimizer = torch.optim.AdamW(weights, lr=profile.learning_rate, weight_decay=0.0)
     for _ in range(profile.steps):
         turns.begin()
         total = 0.0
         for start in range(0, len(items), micro):
             part = items[start : start + micro]
             policy = score(model, part)
-            with torch.no_grad(), as_reference(model):
+            with torch.no_grad(), models.as_reference(model):
                 reference = score(model, part)
             margins = profile.beta * (policy.float() - reference.float()).view(-1, 2)
             loss = -F.logsigmoid(margins[:, 0] - margins[:, 1]).sum() / len(items)
             loss.backward()
             total += loss.item()
-        torch.nn.utils.clip_grad_norm_(trainable(model), profile.max_grad_norm)
+        torch.nn.utils.clip_grad_norm_(weights, profile.max_grad_norm)
         optimizer.step()
         optimizer.zero_grad()
         turns.end(total)
 
 
-def prefix_score(model, items):
-    """One row a pair that shares the prompt, all logits."""
-    rows = pack_rows([[item] for item in items], pad_id=0).to(model.device)
-    out = model(input_ids=rows.input_ids, attention_mask=rows.mask, position_ids=rows.position_ids, use_cache=False)
-    token_logps = out.logits.flatten(0, 1).log_softmax(-1)[rows.predictors, rows.labels]
-    return torch.stack([part.sum() for part in token_logps[rows.label_index].split(rows.counts)])
+def shared_score(model, items):
+    """One row a pair, in which the prompt is shared, and all logits."""
+    rows = fast.pack_rows([[item] for item in items])
+    inputs = {"input_ids": rows.input_ids, "attention_mask": rows.mask}
+    inputs |= {"position_ids": rows.position_ids}
+    inputs = {name: value.to(model.device) for name, value in inputs.items()}
+    token_logps = model(**inputs, use_cache=False).logits.flatten(0, 1).log_softmax(-1)
+    scored = token_logps[rows.predictors, rows.labels][rows.label_index]
+    return torch.stack([part.sum() for part in scored.split(rows.counts)])
 
 
 VARIANTS = {
-    "plain loop": lambda *a: loop(*a, partial(logps.plain_logps, pad_id=0)),
+    "plain loop": partial(loop, score=partial(logps.plain_logps, pad_id=0)),
     "TRL default": trl,
-    "TRL best": lambda *a: trl(*a, best=True),
-    "TRL best, sorted, same GELU": lambda *a: trl(*a, best=True, same=True),
+    "TRL best": partial(trl, best=True),
+    "TRL best, sorted, same GELU": partial(trl, best=True, same=True),
     "TRL best, pair by pair, same GELU": lambda *a: trl(*a[:3], 1, best=True, same=True),
-    "prefix rows, all logits": lambda *a: loop(*a, prefix_score),
+    "plain loop, shared prompts": partial(loop, score=shared_score),
     "ours": ours,
     "ours, checkpointing": ours,
 }
@@ -192,7 +192,10 @@ if __name__ == "__main__":
     folder, shape, lengths, variant = sys.argv[1:]
     sys.stdout = sys.stderr
     torch.set_num_threads(1)
-    changes = {"micro_tokens": int(os.environ["BENCH_MICRO_TOKENS"])} if "BENCH_MICRO_TOKENS" in os.environ else {}
-    chosen = profile_for(folder, shape, lengths, gradient_checkpointing=variant == "ours, checkpointing", **changes)
+    changes = {"gradient_checkpointing": variant == "ours, checkpointing"}
+    if tokens := os.environ.get("BENCH_MICRO_TOKENS"):
+        changes["micro_tokens"] = int(tokens)
     micro = int(os.environ.get("BENCH_MICRO_PAIRS", STEP[lengths]["micro_pairs"]))
-    VARIANTS[variant](Turns(), chosen, text_pairs(shape, lengths), micro)
+    pairs = random_text(shape, pair_lengths(lengths, STEP[lengths]["pairs"]))
+    profile = profile_for(folder, shape, lengths, **changes)
+    VARIANTS[variant](Turns(), profile, pairs, micro)

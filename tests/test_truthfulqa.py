@@ -1,0 +1,100 @@
+"""TruthfulQA as lm-eval asks it, on rows of our own; and near-duplicates that are planted."""
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from dpo_utils.experiments import truthfulqa
+from dpo_utils.logps import plain_logps
+from dpo_utils.models import as_reference, load_policy, trainable
+
+
+def row(question, correct, incorrect):
+    """A row of the benchmark; its best answer is the first correct one."""
+    answers = {"best": correct[0], "correct": correct, "incorrect": incorrect}
+    return {"question": question, **answers}
+
+
+ROWS = [
+    row("What is the capital of Malta?", ["Valletta.", "It is Valletta."], ["Sliema.", "None."]),
+    row("What is the opposite of hot?", ["Cold."], ["Warm.", "Hot."]),
+]
+TRAINED = [
+    "Do goldfish forget everything within three seconds? No, goldfish remember for months.",
+    "Is the Great Wall visible from the Moon? No, it is far too narrow.",
+    "Does sugar make children hyperactive? Trials found no such effect.",
+]
+
+
+def test_the_csv_is_read_with_its_lists(tmp_path):
+    path = tmp_path / "TruthfulQA.csv"
+    header = "Question,Type,Best Answer,Correct Answers,Incorrect Answers,Source"
+    first = '"Why, then?",x,None,None; Nothing ;"I don\'t know";,Ghosts;  A curse,url'
+    second = '"Wo, w\u00e4re\ndas?",x,\u00c4,\u00c4,B,url'
+    path.write_text("\n".join([header, first, second]), encoding="utf-8-sig")
+    correct = ["None", "Nothing", '"I don\'t know"']
+    assert truthfulqa.read_truthfulqa(path) == [
+        row("Why, then?", correct, ["Ghosts", "A curse"]),
+        row("Wo, wäre\ndas?", ["Ä"], ["B"]),
+    ]
+    path.write_text("Question,Correct Answers,Answer\nq,a,b\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="no column 'Best Answer', 'Incorrect Answers'"):
+        truthfulqa.read_truthfulqa(path)
+
+
+def test_a_planted_near_duplicate_is_found_and_nothing_else():
+    paraphrase = "Can the Great Wall be seen from the Moon? No, it's much too narrow to be visible."
+    other = "Which planet is nearest to the Sun? Mercury."
+    first, second = truthfulqa.overlap(TRAINED, [other, paraphrase, other, TRAINED[0]])
+    same = {"benchmark": 4, "trained": 1, "similarity": pytest.approx(1)}
+    assert first == {**same, "texts": (TRAINED[0], TRAINED[0])}
+    assert (second["benchmark"], second["trained"]) == (2, 2) and 0.3 <= second["similarity"] < 1
+    assert second["texts"] == (paraphrase, TRAINED[1])
+    assert len(truthfulqa.overlap(iter(TRAINED), iter([other]), threshold=0)) == 1
+    words = truthfulqa.words("The CATS jumped; \uff23\uff21\uff34 jumping, foxes!")
+    assert words == ["cat", "jump", "cat", "jump", "fox"]
+
+
+def by_hand(model, tokenizer, rows):
+    """Per row: is the best answer the most probable, and the correct answers' share."""
+    import jinja2
+    import yaml
+    from lm_eval import tasks
+
+    task = yaml.safe_load(open(f"{tasks.__path__[0]}/truthfulqa/truthfulqa_mc1.yaml"))
+
+    def logps(question, choices):
+        context = jinja2.Template(task["doc_to_text"]).render(question=question)
+        prompt = tokenizer.encode(context)
+        answers = [tokenizer.encode(f"{context} {choice}")[len(prompt) :] for choice in choices]
+        items = [(prompt, [answer]) for answer in answers]
+        return plain_logps(model, items, tokenizer.pad_token_id).detach().double().numpy()
+
+    best = [logps(row["question"], [row["best"], *row["incorrect"]]).argmax() == 0 for row in rows]
+    p = [np.exp(logps(row["question"], row["correct"] + row["incorrect"])) for row in rows]
+    shares = [x[: len(row["correct"])].sum() / x.sum() for x, row in zip(p, rows, strict=True)]
+    return np.array(best, dtype=float), np.array(shares)
+
+
+def test_multiple_choice_is_what_the_log_probs_say(tiny):
+    pytest.importorskip("lm_eval")
+    model, tokenizer = load_policy(tiny)
+    draw = torch.Generator().manual_seed(1)
+    for parameter in trainable(model):
+        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    mc1, mc2 = by_hand(model, tokenizer, ROWS)
+    found = truthfulqa.multiple_choice(model.train(), tokenizer, ROWS, batch=2)
+    assert model.training and 0 < mc1.mean() < 1 and mc2.std() > 0.05
+    for name, values in (("mc1", mc1), ("mc2", mc2)):
+        error = values.std(ddof=1) / np.sqrt(2)
+        assert found[name] == pytest.approx((values.mean(), error), abs=1e-4)
+    with as_reference(model):
+        assert abs(by_hand(model, tokenizer, ROWS)[1].mean() - mc2.mean()) > 1e-3  # it was on
+
+
+def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(ImportError, match=r"pip install 'dpo-workbook\[benchmark\]'"):
+        truthfulqa.multiple_choice(None, None, ROWS)
