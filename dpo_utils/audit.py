@@ -1,12 +1,7 @@
-"""What is wrong with a preference data set, counted by row; nothing is changed or refused.
-
-`python -m dpo_utils.audit FILE [--json]` reports on a file.
-"""
+"""What is wrong with a preference data set, counted by row: `python -m dpo_utils.audit FILE`."""
 
 import argparse
 import json
-import sys
-import textwrap
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,8 +10,9 @@ import numpy as np
 import pandas
 
 from dpo_utils.data import column_name
-from dpo_utils.rows import REASONS, BadRow, PreferenceDataError, Row
+from dpo_utils.rows import BadRow, PreferenceDataError, Row
 from dpo_utils.schemas import fold, plain_text, prompt_key, read_pairs
+from dpo_utils.tokens import UnusablePair, tokenize_pair
 
 SIDES = ["prompt", "chosen", "rejected"]
 TOKEN_REASONS = {  # what tokens.UnusablePair says -> the name under which it is counted
@@ -46,27 +42,17 @@ class AuditReport:
     unchecked: list[str]  # findings that need a tokenizer, a max_length or a held_out set
 
     def __str__(self) -> str:
-        lines = [
-            f"{self.source}: {self.rows} rows read = {self.kept} kept + {self.rows - self.kept} "
-            f"dropped; {self.pairs} pairs on {self.prompts} prompts"
-        ]
+        total = f"{self.rows} rows read = {self.kept} kept + {self.rows - self.kept} dropped"
+        lines = [f"{self.source}: {total}; {self.pairs} pairs on {self.prompts} prompts"]
         for part, found in (("dropped", self.dropped), ("noted", self.noted)):
             for name, rows in found.items():
-                if rows:
-                    some = ", ".join(map(str, rows[:8])) + " ..." * (len(rows) > 8)
-                    lines.append(f"  {part:8}{name:28}{len(rows):6}  rows {some}")
-        none = [name for name, rows in (self.noted | self.dropped).items() if not rows]
-        unchecked = [f"{name} (needs {' and '.join(NEEDS[name])})" for name in self.unchecked]
-        for title, names in (("none", none), ("not checked", unchecked)):
-            if names:
-                text = f"  {title}: {', '.join(names)}"
-                lines.append(textwrap.fill(text, 100, subsequent_indent="    "))
-        for unit, sides in self.lengths.items():
-            share = (
-                f"the longer answer is the chosen one in {self.length_only[unit]:.3f} of the pairs"
-            )
-            table = pandas.DataFrame(sides).T.to_string()
-            lines.append(textwrap.indent(f"{table}\n{unit}: {share}", "  "))
+                some = ", ".join(map(str, rows[:8])) + " ..." * (len(rows) > 8)
+                lines += [f"  {part:8}{name:28}{len(rows):6}  rows {some}"] if rows else []
+        if self.unchecked:
+            lines.append(f"  not checked for want of arguments: {', '.join(self.unchecked)}")
+        for unit, share in self.length_only.items():
+            lines.append(pandas.DataFrame(self.lengths[unit]).T.to_string())
+            lines.append(f"{unit}: the longer answer is the chosen one in {share:.3f} of the pairs")
         return "\n".join(lines)
 
 
@@ -81,102 +67,75 @@ def audit(dataset, tokenizer=None, max_length=None, held_out=None, columns=None)
     own = columns if isinstance(held_out, str | Path) else None  # rows in memory have our names
     others = [] if held_out is None else read_pairs(held_out, columns=own)[1]
     asked = {prompt_key(pair["prompt"]) for row in others for pair in row.pairs}
-    limit, scores = max_length or UNCUT, (columns or {}).get("scores", "scores")
-    tokens = []
-    for row in rows if tokenizer is not None else ():
-        tokens += token_lengths(row, tokenizer, limit)
+    given = {"tokenizer": tokenizer, "max_length": max_length, "held_out": held_out}
+    unchecked = [name for name, needs in NEEDS.items() if any(given[n] is None for n in needs)]
+    limit = max_length or UNCUT
+    tokens = [] if tokenizer is None else token_lengths(rows, tokenizer, limit)
     pairs = [(row, pair) for row in rows for pair in row.pairs]
-    texts = [[plain_text(pair[side]) for side in SIDES] for _, pair in pairs]
+    numbers = pandas.Series([row.number for row, _ in pairs], dtype=int)
     keys = [prompt_key(pair["prompt"]) for _, pair in pairs]
+    texts = [[plain_text(pair[side]) for side in SIDES] for _, pair in pairs]
     folded = [tuple(map(fold, text)) for text in texts]
     times = Counter(folded)
+    ranked = [row.values.get((columns or {}).get("scores", "scores")) or [0] for row, _ in pairs]
     holds = {  # finding -> whether it holds, pair by pair
         "duplicate pair": [times[pair] > 1 for pair in folded],
         "conflicting pair": [(prompt, no, yes) in times for prompt, yes, no in folded],
         "prompt also held out": [key in asked for key in keys],
         "end-of-text marker": [any(m in t for m in MARKERS for t in text) for text in texts],
-        "some scores tied": [has_ties(row.values.get(scores)) for row, _ in pairs],
+        "some scores tied": [isinstance(s, list) and max(map(s.count, s)) > 1 for s in ranked],
         "completion cut": [prompt + max(answers) > limit for prompt, *answers in tokens],
     }
-    noted = {
-        name: sorted({row.number for (row, _), is_so in zip(pairs, found, strict=False) if is_so})
-        for name, found in holds.items()
-    }
-    dropped = {name: [] for name in (*REASONS, *TOKEN_REASONS.values())}
+    noted = {n: numbers[held].unique().tolist() for n, held in holds.items() if n not in unchecked}
+    dropped = {}
     for row in rows:
         if not row.pairs:
             dropped.setdefault(row.bad.reason, []).append(row.number)
-    given = {"tokenizer": tokenizer, "max_length": max_length, "held_out": held_out}
-    unchecked = [name for name, needs in NEEDS.items() if any(given[n] is None for n in needs)]
-    for name in unchecked:
-        (noted if name in noted else dropped).pop(name)
     sizes = {"characters": [list(map(len, text)) for text in texts], "tokens": tokens}
     tables = {unit: pandas.DataFrame(size, columns=SIDES) for unit, size in sizes.items() if size}
-    lengths, length_only = {}, {}
-    for unit, table in tables.items():
-        statistics = table.describe(percentiles=[0.5, 0.95]).round(2)
-        statistics = statistics.rename({"50%": "median", "95%": "p95"})
-        lengths[unit] = statistics.loc[["min", "median", "mean", "p95", "max"]].to_dict()
-        length_only[unit] = float((1 + np.sign(table.chosen - table.rejected)).mean() / 2)
-    counts = len(rows), len({id(row) for row, _ in pairs}), len(pairs), len(set(keys))
+    lengths = {u: t.describe([0.5, 0.95]).round(2).to_dict() for u, t in tables.items()}
+    length_only = {u: (1 + np.sign(t.chosen - t.rejected).mean()) / 2 for u, t in tables.items()}
+    counts = len(rows), numbers.nunique(), len(pairs), len(set(keys))
     return AuditReport(source, *counts, dropped, noted, lengths, length_only, unchecked)
 
 
-def has_ties(scores: object) -> bool:
-    """Whether these are the scores of ranked answers, and some are the same."""
-    return isinstance(scores, list) and len(set(scores)) < len(scores)
-
-
-def token_lengths(row: Row, tokenizer, max_length: int) -> list[list[int]]:
-    """Tokens of each pair before any cut; takes pairs that cannot be trained on from the row."""
-    from dpo_utils.tokens import UnusablePair, tokenize_pair  # imports torch
-
-    lengths, pairs, row.pairs = [], row.pairs, []
-    for pair in pairs:
-        try:
-            ids = tokenize_pair(pair, tokenizer, UNCUT)
-            tokenize_pair(pair, tokenizer, max_length)
-        except UnusablePair as error:
-            reason = "end-of-text marker" if " inside the " in error.reason else error.reason
-            row.bad = BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason)
-            continue
-        row.pairs.append(pair)
-        lengths.append([len(ids[f"{side}_ids"]) for side in SIDES])
+def token_lengths(rows: list[Row], tokenizer, max_length: int) -> list[list[int]]:
+    """Tokens of each pair before any cut; takes pairs that cannot be trained on from their row."""
+    lengths = []
+    for row in rows:
+        pairs, row.pairs = row.pairs, []
+        for pair in pairs:
+            try:
+                ids = tokenize_pair(pair, tokenizer, UNCUT)
+                tokenize_pair(pair, tokenizer, max_length)
+            except UnusablePair as error:
+                reason = "end-of-text marker" if " inside the " in error.reason else error.reason
+                row.bad = BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason)
+            else:
+                row.pairs.append(pair)
+                lengths.append([len(ids[f"{side}_ids"]) for side in SIDES])
     return lengths
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Prints the report on a file; gives 2 where the file cannot be read."""
+def main(arguments: list[str] | None = None) -> None:
+    """Prints the report on a file; ends with status 2 where the file cannot be read."""
     parser = argparse.ArgumentParser(prog="python -m dpo_utils.audit", description=__doc__)
-    parser.add_argument(
-        "file", help="a .json .jsonl .csv .parquet file, a bundled name or a hub id"
-    )
+    parser.add_argument("file", help="a .json, .jsonl, .csv or .parquet file, or a hub id")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    parser.add_argument("--held-out", help="a file whose prompts must not be in this one")
-    parser.add_argument("--tokenizer", help="a folder or hub id: also count what tokenising does")
-    parser.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
     columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
     parser.add_argument("--column", help="the file's own name, as in prompt=Question", **columns)
     args = parser.parse_args(arguments)
-    tokenizer = None
-    if args.tokenizer:
-        from transformers import AutoTokenizer  # slow to import
-
-        tokenizer = AutoTokenizer.from_pretrained(args.tokenizer)
     try:
-        report = audit(args.file, tokenizer, args.max_length, args.held_out, dict(args.column))
+        report = audit(args.file, columns=dict(args.column))
     except PreferenceDataError as error:
-        print(error, file=sys.stderr)
-        return 2
+        parser.exit(2, f"{error}\n")
     if args.json:
-        numbered = {
-            part: {name: {"count": len(rows), "rows": rows} for name, rows in found.items()}
-            for part, found in (("dropped", report.dropped), ("noted", report.noted))
-        }
-        report = json.dumps(asdict(report) | numbered, indent=2)
+        found = {"dropped": report.dropped, "noted": report.noted}
+        for part, findings in found.items():
+            found[part] = {name: {"count": len(n), "rows": n} for name, n in findings.items()}
+        report = json.dumps(asdict(report) | found, indent=2)
     print(report)
-    return 0
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    main()

@@ -1,10 +1,5 @@
-"""Preference pairs and demonstrations from any source, checked before a model is loaded.
+"""Preference pairs and demonstrations from any source, checked before a model is loaded."""
 
-`rows` reads records, `schemas` makes checked pairs of them. A bad row has one of `rows.REASONS`: it
-is refused or set aside here, and counted by `audit`.
-"""
-
-import argparse
 import hashlib
 import json
 import os
@@ -15,55 +10,31 @@ from pathlib import Path
 from datasets import Dataset
 
 from dpo_utils.profiles import Profile
-from dpo_utils.rows import COUNTED, REASONS, PreferenceDataError, Row
-from dpo_utils.schemas import DEMONSTRATIONS, PREFERENCES, fold, plain_text, prompt_key, read_pairs
-
-__all__ = [
-    "PreferenceDataError",
-    "column_name",
-    "columns_asked_for",
-    "fold",
-    "load_demonstrations",
-    "load_preferences",
-    "plain_text",
-    "prompt_key",
-    "split_by_prompt",
-    "training_data",
-]
+from dpo_utils.rows import COUNTED, REMEDIES, PreferenceDataError, Row
+from dpo_utils.schemas import DEMONSTRATIONS, prompt_key, read_pairs
+from dpo_utils.schemas import fold as fold  # also found here
+from dpo_utils.schemas import plain_text as plain_text
 
 
-def load_preferences(
-    source,
-    *,
-    split="train",
-    columns=None,
-    on_error="raise",
-    keep=(),
-    quarantine=None,
-    revision=None,
-    kind=PREFERENCES,
-) -> Dataset:
+def load_preferences(source, *, on_error="raise", quarantine=None, **reading) -> Dataset:
     """Preference pairs in TRL's format: prompt, chosen, rejected, all text or all message lists.
 
-    source: a .json .jsonl .csv .parquet file, "misconceptions", "tiny", a hub id (with its split
-    and revision), or rows in memory. columns: our names -> the file's own. keep: extra columns to
-    carry along. on_error: "raise" refuses the first bad row; "skip" writes the bad rows with their
-    reasons to `quarantine`, by default a file next to the source. Ties make no pair and are
-    counted. Raises PreferenceDataError.
+    source: a .json .jsonl .csv .parquet file, "misconceptions", "tiny", a hub id, or rows in
+    memory. on_error: "raise" refuses the first bad row; "skip" writes the bad rows with their
+    reasons to `quarantine`, by default a file next to the source. reading: columns (our names ->
+    the file's own), keep (extra columns to carry along), and of a hub id the split and revision.
+    Ties make no pair and are counted. Raises PreferenceDataError.
     """
-    if on_error not in ("raise", "skip"):
-        raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
-    name, rows = read_pairs(source, kind, columns, keep, split, revision)
+    name, rows = read_pairs(source, **reading)
     faults = [row for row in rows if row.bad and row.bad.reason not in COUNTED]
-    if faults and on_error == "raise":
+    if faults and on_error != "skip":
         row, bad = faults[0], faults[0].bad
         line = f" (line {row.line})" if row.line else ""
-        column = f", column {bad.column!r}" if bad.column else ""
-        raise PreferenceDataError(
-            f"{name}, row {row.number}{line}{column}: {bad.reason}, {bad.found}. "
-            f"{REASONS[bad.reason]}; {len(faults)} bad of {len(rows)} rows. "
-            'on_error="skip" sets them aside'
-        )
+        place = f"row {row.number}{line}" + (f", column {bad.column!r}" if bad.column else "")
+        problem = f"{bad.reason}, found {bad.found}"
+        remedy = f"{REMEDIES.get(bad.reason, 'Correct or remove it')}; {len(faults)} of {len(rows)}"
+        skip = 'rows are bad. on_error="skip" sets them aside'
+        raise PreferenceDataError(f"{name}, {place}: {problem}. {remedy} {skip}")
     if counts := Counter(row.bad.reason for row in rows if row.bad):
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         kept = f"{len(rows) - counts.total()} kept, {counts.total()} dropped ({reasons})"
@@ -82,60 +53,51 @@ def load_demonstrations(source, **options) -> Dataset:
 
 def set_aside(name: str, faults: list[Row], quarantine: str | Path | None) -> Path:
     """Writes the bad rows with their reasons as JSON lines and gives the path."""
-    near = Path(name) if Path(name).is_file() else Path(re.sub(r"[/\s]", "_", name))
+    near = name if Path(name).is_file() else re.sub(r"[/\s]", "_", name)
     path = Path(quarantine or f"{near}.quarantine.jsonl")
-    records = [
-        {"row": row.number, "line": row.line, **vars(row.bad), "data": row.values} for row in faults
-    ]
+    records = [{"row": r.number, "line": r.line, **vars(r.bad), "data": r.values} for r in faults]
     text = "".join(json.dumps(record, default=repr) + "\n" for record in records)
     try:
         path.write_text(text, encoding="utf-8")
     except OSError as error:
-        problem = f"bad rows cannot be written here, {error}. Pass quarantine="
-        raise PreferenceDataError(f"{path}: {problem}") from None
+        raise PreferenceDataError(f"{path}: cannot be written, {error}. Pass quarantine=") from None
     return path
 
 
 def split_by_prompt(dataset: Dataset, held_out=0.2, seed=0) -> tuple[Dataset, Dataset]:
     """(train, test): `held_out` of the distinct folded prompts, all their rows, go to test.
 
-    Which ones depends on the prompts and the seed alone, not on the order of rows. Raises
-    ValueError.
+    Which ones depends on the prompts and the seed alone, not on the order. Raises ValueError.
     """
     if not 0 < held_out < 1:
         raise ValueError(f"held_out={held_out}: a share between 0 and 1 is needed")
     keys = [prompt_key(prompt) for prompt in dataset["prompt"][:]]
     order = sorted(set(keys), key=lambda k: hashlib.sha256(f"{seed}\n{k}".encode()).digest())
     if len(order) < 2:
-        raise PreferenceDataError(
-            "one distinct prompt cannot be split. Add rows with other prompts"
-        )
+        raise PreferenceDataError("one distinct prompt cannot be split. Add rows with others")
     test = set(order[: min(max(round(held_out * len(order)), 1), len(order) - 1)])
     sides = ([i for i, key in enumerate(keys) if (key in test) is side] for side in (False, True))
     return tuple(map(dataset.select, sides))
 
 
 def column_name(text: str) -> tuple[str, str]:
-    """`prompt=Question` on a command line as (our name, the file's own)."""
+    """`prompt=Question` as (our name, the file's own). Raises ValueError."""
     ours, _, theirs = text.partition("=")
     if not (ours and theirs):
-        raise argparse.ArgumentTypeError(f"write OURS=THEIRS, as in prompt=Question, not {text!r}")
+        raise ValueError(f"DPO_COLUMNS needs OURS=THEIRS, as in prompt=Question, not {text!r}")
     return ours, theirs
 
 
 def columns_asked_for() -> dict | None:
     """`DPO_COLUMNS` (prompt=Question,chosen=Good) as our names -> the file's; None if not set."""
     named = os.environ.get("DPO_COLUMNS")
-    try:
-        return dict(map(column_name, named.split(","))) if named else None
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"DPO_COLUMNS={named!r}: {error}") from None
+    return dict(map(column_name, named.split(","))) if named else None
 
 
 def training_data(stage: str, profile: Profile, **options):
-    """(train, held out) of the profile's demonstrations or preferences; the split is by prompt.
+    """(train, held out): the profile's pairs split by prompt; for "sft" demonstrations and None.
 
-    options: columns (by default those of `DPO_COLUMNS`) and on_error of `load_preferences`.
+    options of `load_preferences`; columns are those of `DPO_COLUMNS` unless given.
     """
     if stage == "sft":
         source, revision = profile.sft_dataset, profile.sft_dataset_revision

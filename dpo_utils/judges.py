@@ -31,7 +31,7 @@ ASK = (
 
 
 class JudgeError(RuntimeError):
-    """A judge that gave no verdict: what was asked, what came back, what to do."""
+    """A judge gave no verdict: what was asked, what came back and what to do."""
 
 
 def compare(judge, prompts, first, second) -> list[dict]:
@@ -45,8 +45,7 @@ def compare(judge, prompts, first, second) -> list[dict]:
         orders = [] if one == two else [(one, two), (two, one)]
         verdicts = [judge(prompt, *order) for order in orders] or ["tie", "tie"]
         if not set(verdicts) <= set(SCORES):
-            said = f"the judge said {verdicts} to {prompt[:60]!r}"
-            raise JudgeError(f"{said}: a judge returns one of {', '.join(SCORES)}")
+            raise JudgeError(f"the judge said {verdicts} to {prompt[:50]!r}: return A, B or tie")
         won, lost = map(SCORES.get, verdicts)
         row = {"score": won if won + lost == 1 else 0.5, "agreed": won + lost == 1}
         rows.append({"prompt": prompt, **row, "length": len(one) - len(two)})
@@ -57,16 +56,15 @@ def win_rate(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
     """Share won by the first answers, ties half, with a 95 % bootstrap interval; also by length.
 
     "about as long": within a tenth of the median difference. `agreed`: the share of rows that did.
-    Raises ValueError for no rows.
     """
-    score, agreed, length = np.array(
-        [[r[k] for k in ("score", "agreed", "length")] for r in rows]
-    ).T
+    if not rows:
+        raise ValueError("no comparisons: nothing was judged")
+    score, agreed, length = (np.array([r[k] for r in rows]) for k in ("score", "agreed", "length"))
     slack = 0.1 * np.median(np.abs(length))
-    buckets = {"all": length == length, "shorter": length < -slack}
-    buckets |= {"about as long": np.abs(length) <= slack, "longer": length > slack}
-    rates = {name: bootstrap(score[bucket]) for name, bucket in buckets.items() if bucket.any()}
-    return rates | {"agreed": bootstrap(agreed)}
+    shorter, longer = length < -slack, length > slack
+    buckets = {"shorter": shorter, "about as long": ~(shorter | longer), "longer": longer}
+    by_length = {name: bootstrap(score[rows]) for name, rows in buckets.items() if rows.any()}
+    return {"all": bootstrap(score), **by_length, "agreed": bootstrap(agreed)}
 
 
 def reward_judge(reward):
@@ -97,30 +95,26 @@ def http_judge(url, model, *, timeout=30.0):
     connections, status 429 or 5xx and unreadable replies are tried again, with a pause that
     doubles. Raises JudgeError after the last try and, at once, for other statuses, redirects too.
     """
+    address = f"{url.rstrip('/')}/chat/completions"
 
     def judge(prompt, a, b):
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()):  # httpx would quote it in its own error
-            raise JudgeError(
-                "OPENAI_API_KEY holds characters that no header can carry: set it anew"
-            )
+            raise JudgeError("OPENAI_API_KEY holds what no header can carry: set it again")
         question = {"role": "user", "content": ASK.format(prompt=prompt, a=a, b=b, tie=", or tie")}
         body = {"model": model, "temperature": 0, "max_tokens": 8, "messages": [question]}
         request = {"json": body, "headers": {"Authorization": f"Bearer {key}"} if key else {}}
         for pause in PAUSES:
             time.sleep(pause)
             try:
-                reply = httpx.post(
-                    f"{url.rstrip('/')}/chat/completions", timeout=timeout, **request
-                )
+                reply = httpx.post(address, timeout=timeout, **request)
                 if 300 <= (status := reply.status_code) < 500 and status != 429:
                     remedy = "check the address, the model's name and OPENAI_API_KEY"
                     raise JudgeError(f"the judge at {url} refused with status {status}: {remedy}")
                 return _verdict(reply.raise_for_status().json()["choices"][0]["message"])
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as failure:
                 problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
-        tried = f"gave nothing usable in {len(PAUSES)} tries (last: {problem})"
-        raise JudgeError(f"the judge at {url} {tried}: is it running? Raise timeout.")
+        raise JudgeError(f"no verdict from {url} ({problem}): is it running? Raise timeout.")
 
     return judge
 
@@ -135,19 +129,19 @@ class BlindChoice:
     """A person as the judge: two answers in random order, and every click is saved at once.
 
     prompts, first, second: lists of texts. path: JSONL for `load_preferences`; ties go to
-    `<name>_ties.jsonl`. With the same path again, only what is still open is asked.
+    `<name>_ties.jsonl`. With the same path again, only what is still open is asked. `open`: the
+    (prompt, answer A, answer B) to judge, as they are shown. When all are, `judge` can `compare`.
     """
 
     def __init__(self, prompts, first, second, path, seed: int = 0):
-        self.path, rng = Path(path), random.Random(seed)
+        self.path, self.verdicts, rng = Path(path), {}, random.Random(seed)
         self.ties = self.path.with_name(f"{self.path.stem}_ties.jsonl")
-        self.trios = list(dict.fromkeys(zip(prompts, first, second, strict=True)))
-        self.shown = [(prompt, *rng.sample(answers, 2)) for prompt, *answers in self.trios]
-        self.verdicts = {}  # in both orders of the answers
-        for file, won, lost in ((self.path, "A", "B"), (self.ties, "tie", "tie")):
+        for file, verdict in ((self.path, "A"), (self.ties, "tie")):
             for row in load_preferences(file) if file.exists() else []:
-                self.verdicts[row["prompt"], row["chosen"], row["rejected"]] = won
-                self.verdicts[row["prompt"], row["rejected"], row["chosen"]] = lost
+                self.verdicts[row["prompt"], row["chosen"], row["rejected"]] = verdict
+        trios = dict.fromkeys(zip(prompts, first, second, strict=True))
+        shown = [(prompt, *rng.sample(answers, 2)) for prompt, *answers in trios]
+        self.open = [trio for trio in shown if not self.judge(*trio)]
 
     def judge(self, prompt, a, b) -> str | None:
         """The verdict, None while open. Unasked, a blank answer loses and look-alikes are a tie."""
@@ -155,32 +149,22 @@ class BlindChoice:
             return "tie"
         if not (fold(a) and fold(b)):
             return "A" if fold(a) else "B"
-        return self.verdicts.get((prompt, a, b))
-
-    @property
-    def question(self) -> tuple[str, str, str] | None:
-        """(prompt, answer A, answer B) as they are shown now; None when all are judged."""
-        return next((trio for trio in self.shown if not self.judge(*trio)), None)
-
-    @property
-    def rows(self) -> list[dict]:
-        """What is judged so far, as `compare` gives it."""
-        judged = [trio for trio in self.trios if self.judge(*trio)]
-        return compare(self.judge, *zip(*judged, strict=True)) if judged else []
+        turned = {"A": "B", "tie": "tie"}.get(self.verdicts.get((prompt, b, a)))
+        return self.verdicts.get((prompt, a, b), turned)
 
     def choose(self, verdict: str) -> None:
-        """Take "A", "B" or "tie" for the pair that is shown; saved before the next one comes."""
-        if self.question is None or verdict not in SCORES:
+        """Take "A", "B" or "tie" for the first open pair; saved before the next one comes."""
+        if not self.open or verdict not in SCORES:
             raise ValueError(f"cannot take {verdict!r}: choose A, B or tie while a pair is open")
-        prompt, a, b = self.question
-        chosen, rejected = (b, a) if verdict == "B" else (a, b)
-        row = {"prompt": prompt, "chosen": chosen, "rejected": rejected}
+        prompt, a, b = self.open[0]
+        trio = (prompt, b, a) if verdict == "B" else (prompt, a, b)
+        row = dict(zip(("prompt", "chosen", "rejected"), trio, strict=True))
         file = self.ties if verdict == "tie" else self.path
         lines = file.read_bytes().splitlines() if file.exists() else []
-        lines += [json.dumps(row, ensure_ascii=False).encode(), b""]
-        write_file(file, b"\n".join(lines))
-        self.verdicts[prompt, a, b] = verdict
-        self.verdicts[prompt, b, a] = {"A": "B", "B": "A", "tie": "tie"}[verdict]
+        lines.append(json.dumps(row, ensure_ascii=False).encode())
+        write_file(file, b"\n".join(lines) + b"\n")
+        self.verdicts[trio] = "tie" if verdict == "tie" else "A"
+        self.open.pop(0)
 
     def show(self):
         """The buttons, in Jupyter, VS Code and Colab; elsewhere a line that says so."""
@@ -190,10 +174,10 @@ class BlindChoice:
         buttons = [ipywidgets.Button(description=verdict) for verdict in SCORES]
 
         def refresh(clicked=None):
-            if clicked and self.question:
+            if clicked and self.open:
                 self.choose(clicked.description)
-            shown = self.question or ("All are judged.", "", "")
-            text.value = "{}\n\nA: {}\n\nB: {}".format(*shown)
+            shown = "{}\n\nA: {}\n\nB: {}".format
+            text.value = shown(*self.open[0]) if self.open else "All are judged."
 
         for button in buttons:
             button.on_click(refresh)

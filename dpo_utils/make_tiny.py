@@ -39,15 +39,6 @@ def make_tokenizer(texts: list[str]) -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(tokenizer_object=bpe, model_max_length=512, **special)
 
 
-def make_model(tokenizer, seed: int) -> PhiForCausalLM:
-    """A Phi of 4 layers, freshly initialised."""
-    torch.manual_seed(seed)
-    shape = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 512}
-    depth = {"num_hidden_layers": 4, "num_attention_heads": 4}
-    ids = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
-    return PhiForCausalLM(PhiConfig(vocab_size=len(tokenizer), **shape, **depth, **ids))
-
-
 def train(model, rows: torch.Tensor, steps: int, seed: int) -> list[float]:
     """Next-token training in place on rows (N, ROW); returns each step's loss, nats per token.
 
@@ -67,9 +58,9 @@ def train(model, rows: torch.Tensor, steps: int, seed: int) -> list[float]:
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         done = max(0, step - warm) / max(1, steps - warm)
+        rate = min(step / warm, 0.51 + 0.49 * math.cos(math.pi * done))  # as a share of its peak
         for optimizer in optimizers:
-            share = min(step / warm, 0.51 + 0.49 * math.cos(math.pi * done))
-            optimizer.param_groups[0]["lr"] = PEAK_RATE * share
+            optimizer.param_groups[0]["lr"] = PEAK_RATE * rate
             optimizer.step()
             optimizer.zero_grad()
         losses.append(loss.item())
@@ -80,7 +71,11 @@ def build(output: Path, steps: int = 1200, seed: int = 0, statements: int = 50_0
     """Corpus, tokenizer and model, saved in float16 in `output`; returns the losses."""
     texts = world.corpus(statements, seed)
     tokenizer = make_tokenizer(texts[:20_000])
-    model = make_model(tokenizer, seed)
+    torch.manual_seed(seed)
+    sizes = {"hidden_size": 128, "intermediate_size": 512, "max_position_embeddings": 512}
+    depth = {"num_hidden_layers": 4, "num_attention_heads": 4, "vocab_size": len(tokenizer)}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    model = PhiForCausalLM(PhiConfig(**sizes, **depth, **ends))
     ids = torch.tensor(tokenizer(EOS.join([*texts, ""]), verbose=False)["input_ids"])
     losses = train(model, ids[: len(ids) // ROW * ROW].view(-1, ROW), steps, seed)
     # The texts hold no markers: as a new text, a new text and a new line, SFT learns them sooner.
@@ -98,6 +93,4 @@ def build(output: Path, steps: int = 1200, seed: int = 0, statements: int = 50_0
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny")
-    parser.add_argument("--steps", type=int, default=1200)
-    parser.add_argument("--seed", type=int, default=0)
     build(**vars(parser.parse_args()))

@@ -125,11 +125,12 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
     else:
         torch.manual_seed(profile.seed)
         model = get_peft_model(base, lora_config(profile))
+    check_adapter(model, profile)
     if reference:
         model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
         model.set_adapter("default")
+        check_adapter(model, profile)
     turn_dropout_off(model)  # again, for the adapters' own
-    check_adapter(model, profile)
     if profile.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})

@@ -20,8 +20,8 @@ def step_items(step: int, count: int, batch: int, seed: int) -> list[int]:
 def learning_rate_at(step: int, steps: int, peak: float, warmup: float) -> float:
     """Linear warm-up over the first share of the steps, then a cosine; `step` counts from 1.
 
-    Transformers' schedule, moved by a step so that neither the first nor the last has a rate of 0.
+    Transformers' schedule, but for the warm-up, which is a step ahead: no step has a rate of zero.
     """
-    unused = torch.optim.SGD([torch.zeros(1)], lr=peak)
-    schedule = get_cosine_schedule_with_warmup(unused, math.ceil(warmup * steps), steps + 1)
-    return peak * schedule.lr_lambdas[0](step)
+    warm, unused = math.ceil(warmup * steps), torch.optim.SGD([torch.zeros(1)], lr=peak)
+    rate = get_cosine_schedule_with_warmup(unused, warm, steps).lr_lambdas[0]
+    return peak * rate(step if step <= warm else step - 1)

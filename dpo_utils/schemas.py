@@ -1,13 +1,15 @@
 """Rows -> pairs: the schema of a source is found by its columns, and every pair is checked."""
 
+import difflib
 import re
 import unicodedata
 from collections import Counter
+from itertools import permutations, takewhile
 
 from dpo_utils import world
-from dpo_utils.rows import BadRow, PreferenceDataError, Row, nearest, read_rows, show
+from dpo_utils.rows import BadRow, PreferenceDataError, read_rows
 
-PREFERENCES = (  # the columns of prompt, answers, scores; or the one column that lists them
+PREFERENCES = (  # the columns of prompt, answers, scores (or the one that lists them), system turn
     ("question", ("answer_0", "answer_1"), ("score_0", "score_1")),  # webgpt_comparisons
     ("", ("conversation_a", "conversation_b"), "winner"),  # chatbot_arena_conversations
     ("prompt", "responses", "scores"),
@@ -16,8 +18,10 @@ PREFERENCES = (  # the columns of prompt, answers, scores; or the one column tha
     ("prompt", ("chosen", "rejected"), ()),
     ("", ("chosen", "rejected"), ()),  # hh-rlhf: the prompt is what both begin with
 )
-DEMONSTRATIONS = (("prompt", "completion"), ("", "messages"))
+DEMONSTRATIONS = (("prompt", ("completion",), ()), ("", ("messages",), ()))
 VOTES = {"model_a": [1, 0], "model_b": [0, 1], "tie": [0, 0], "tie (bothbad)": [0, 0]}
+SYNONYMS = {"instruction": "prompt", "response": "completion", "output": "completion"}
+ROLES = {"Human": "user", "Assistant": "assistant"}  # of a transcript
 
 
 def fold(text: str) -> str:
@@ -37,224 +41,157 @@ def prompt_key(prompt: str | list[dict]) -> str:
     return fold(plain_text(asked))
 
 
-def is_messages(value: object) -> bool:
-    """Whether it is a list of {"role", "content"}, whatever these hold."""
-    if not isinstance(value, list) or not value:
-        return False
-    return all(isinstance(turn, dict) and {"role", "content"} <= turn.keys() for turn in value)
+def check_text(text: object, column: str) -> None:
+    """Raises BadRow where a value cannot be used as text."""
+    is_text = isinstance(text, str)
+    fault = "blank" if is_text or text == [] else "wrong type"
+    if text is None or text != text:
+        fault = "missing value"
+    elif is_text and "\0" in text:
+        fault = "NUL character"
+    elif is_text and not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
+        fault = "invalid UTF-8" if "\udc80" <= surrogate[0] <= "\udcff" else "lone surrogate"
+    elif is_text and re.search(r"[^\s\u200b-\u200d\u2060\ufeff]", text):
+        return
+    raise BadRow(fault, column, text)
+
+
+def messages(value: object) -> list[dict]:
+    """A list of {"role", "content"} without other keys; [] for anything else."""
+    try:
+        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+    except (TypeError, KeyError):
+        return []
 
 
 def as_turns(value: object, column: str) -> list[dict]:
-    """Messages without other keys; a transcript is cut at its "Human:" and "Assistant:"."""
-    if is_messages(value):
-        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
-    if not isinstance(value, str):
-        raise BadRow(fault_in(value), column, show(value))
+    """Messages, or those of a transcript, cut at its "Human:" and "Assistant:"."""
+    if turns := messages(value):
+        return turns
+    check_text(value, column)
     start, *pieces = re.split(r"\n\n(Human|Assistant):", value)
     if start.strip() or not pieces:
-        found = f"with no prompt column a text opens with \\n\\nHuman: but {show(value)}"
-        raise BadRow("bad turns", column, found)
-    roles = {"Human": "user", "Assistant": "assistant"}
-    turns = zip(pieces[::2], pieces[1::2], strict=True)
-    return [{"role": roles[speaker], "content": text.strip()} for speaker, text in turns]
+        raise BadRow("not a transcript", column, value)
+    said = zip(pieces[::2], pieces[1::2], strict=True)
+    return [{"role": ROLES[speaker], "content": text.strip()} for speaker, text in said]
 
 
-def our_names(values: dict, columns: dict) -> dict:
-    """The values under our names; an instruction is a prompt together with its input."""
-    own = columns.values()
-    row = {name: value for name, value in values.items() if name not in own}
-    row |= {ours: values[theirs] for ours, theirs in columns.items() if theirs in values}
-    for synonym in ("output", "response"):
-        if synonym in row:
-            row.setdefault("completion", row[synonym])
-    if "instruction" in row and "prompt" not in row:
-        row["prompt"] = row["instruction"]
-        for column in [name for name in ("input", "context") if name in row]:
-            fault = fault_in(row[column])
-            if fault == "wrong type":
-                raise BadRow(fault, column, show(row[column]))
-            if fault not in ("missing value", "blank") and isinstance(row["prompt"], str):
-                row["prompt"] += f"\n\n{row[column]}"
-    return row
+def shared_beginning(talks: list[list[dict]]) -> tuple[list[dict], list[list[dict]]]:
+    """What all conversations begin with, and the last turn of each."""
+    rounds = zip(*(talk[:-1] for talk in talks), strict=False)
+    shared = [turns[0] for turns in takewhile(lambda t: t.count(t[0]) == len(t), rounds)]
+    if any(len(talk) > len(shared) + 1 for talk in talks):
+        raise BadRow("diverged early", None, talks)
+    return shared, [talk[-1:] for talk in talks]
 
 
-def listed(row: dict, columns: str | tuple) -> list:
-    """The values of these columns, or those that one column lists."""
-    values = row[columns] if isinstance(columns, str) else [row[column] for column in columns]
-    if not isinstance(values, list):
-        raise BadRow(fault_in(values) or "wrong type", columns, show(values))
-    return values
-
-
-def demonstrations_of(row: dict, prompt: str, answer: str) -> list[dict]:
-    """The demonstration of a row; of a conversation the last turn is the completion."""
-    if prompt:
-        return [{"prompt": row[prompt], "completion": row[answer]}]
-    turns = as_turns(row[answer], answer)
-    return [{"prompt": turns[:-1], "completion": turns[-1:]}]
-
-
-def ranking(row: dict, texts: list, scores: str | tuple) -> list[float]:
-    """The score of each text, high to low for a pair without scores."""
-    if not scores:
-        return [1, 0]
-    if scores == "winner":
-        if str(row[scores]) not in VOTES:
-            raise BadRow("unknown label", scores, show(row[scores]))
-        return VOTES[row[scores]]
-    points = listed(row, scores)
-    if len(texts) != len(points):
-        found = f"found {len(texts)} responses and {len(points)} scores"
-        raise BadRow("missing score", scores, found)
-    for number, point in enumerate(points):
-        if type(point) not in (int, float) or point != point:
-            column = scores if isinstance(scores, str) else scores[number]
-            raise BadRow("missing score", column, show(point))
+def ranking(points: object, answers: int, scores: str | tuple) -> list[float]:
+    """The score of each answer; raises BadRow where one is missing or all are the same."""
+    column = scores if isinstance(scores, str) else " and ".join(scores)
+    points = VOTES.get(str(points), points) if scores == "winner" else points
+    listed = points if isinstance(points, list) else []
+    numbers = [point for point in listed if type(point) in (int, float) and point == point]
+    if not len(numbers) == len(listed) == answers:
+        raise BadRow("missing score", column, points)
     if "score_chosen" in scores and points[0] < points[1]:
-        raise BadRow("scores contradict", scores[0], f"found {points[0]} and {points[1]}")
+        raise BadRow("scores contradict", column, points)
+    if len(set(points)) < 2:
+        raise BadRow("tied scores", column, points)
     return points
 
 
-def pairs_of(row: dict, prompt: str, answers, scores, system=None) -> list[dict]:
-    """The pairs of a row: one for every strict gap in score, none for a tie."""
-    question, texts = row.get(prompt), listed(row, answers)
-    points = ranking(row, texts, scores)
-    if len(set(points)) < 2:
-        raise BadRow("tied scores", scores if isinstance(scores, str) else None, show(points))
-    said = [{"role": "system", "content": row[system]}] if row.get(system) else []
-    if not prompt or (isinstance(question, str) and is_messages(texts[0])):
-        question, texts = shared_beginning(*map(as_turns, texts, answers))
-        question = said + question
+def pairs_of(values: dict, columns: dict, prompt: str, answers, scores, system=None) -> list[dict]:
+    """The pairs of a row, one for every strict gap in score; of one answer a demonstration."""
+    row = {name: value for name, value in values.items() if name not in columns.values()}
+    row |= {ours: values.get(theirs) for ours, theirs in columns.items()}
+    for column in ("input", "context") if columns.get("prompt") == "instruction" else ():
+        if row.get(column) == row.get(column) and str(row.get(column) or "").strip():
+            check_text(row["prompt"], "prompt")
+            check_text(row[column], column)
+            row["prompt"] += f"\n\n{row[column]}"
+    parts, question = (answers, scores), row.get(prompt)
+    texts, points = (row.get(p) if isinstance(p, str) else [row.get(c) for c in p] for p in parts)
+    if not isinstance(texts, list):
+        raise BadRow("wrong type", answers, texts)
+    points = ranking(points, len(texts), scores) if scores else [1, 0]
+    if not prompt or (isinstance(question, str) and messages(texts[0])):
+        names = answers if isinstance(answers, tuple) else [answers] * len(texts)
+        question, texts = shared_beginning(list(map(as_turns, texts, names)))
     elif system:
-        question = [*said, {"role": "user", "content": question}]
+        question = [{"role": "user", "content": question}]
         texts = [[{"role": "assistant", "content": text}] for text in texts]
-    elif prompt == "question" and isinstance(question, dict):
-        question = question.get("full_text")
-    scored = list(zip(points, texts, strict=True))
+    elif isinstance(question, dict):  # webgpt_comparisons
+        question = question.get("full_text", question)
+    if row.get(system):
+        question = [{"role": "system", "content": row[system]}, *question]
+    if len(texts) == 1:
+        return [{"prompt": question, "completion": texts[0]}]
     return [
         {"prompt": question, "chosen": better, "rejected": worse}
-        for high, better in scored
-        for low, worse in scored
+        for (high, better), (low, worse) in permutations(zip(points, texts, strict=True), 2)
         if high > low
     ]
 
 
-def shared_beginning(first: list[dict], second: list[dict]) -> tuple[list[dict], list[list[dict]]]:
-    """What two conversations begin with, and the last turn of each."""
-    last = min(len(first), len(second)) - 1
-    shared = next((i for i in range(last) if first[i] != second[i]), last)
-    if max(len(first), len(second)) > shared + 1:
-        found = f"found {len(first)} and {len(second)} turns, the first {shared} alike"
-        raise BadRow("parted early", None, found)
-    return first[:shared], [first[shared:], second[shared:]]
-
-
-def fault_in(text: object) -> str | None:
-    """Why a value cannot be used as text; None where it can."""
-    if text is None or text != text:
-        return "missing value"
-    if not isinstance(text, str):
-        return "blank" if text == [] else "wrong type"
-    if "\0" in text:
-        return "NUL character"
-    if not text.isascii() and (surrogate := re.search("[\ud800-\udfff]", text)):
-        return "invalid UTF-8" if "\udc80" <= surrogate[0] <= "\udcff" else "lone surrogate"
-    return None if re.search(r"[^\s\u200b-\u200d\u2060\ufeff]", text) else "blank"
-
-
-def check(pair: dict) -> None:
-    """Raises BadRow for the first thing that is wrong with a pair or a demonstration."""
+def checked(pair: dict) -> dict:
+    """A pair or a demonstration; raises BadRow for the first thing that is wrong with it."""
     for column, value in pair.items():
-        is_talk = is_messages(value)
-        for text in [turn["content"] for turn in value] if is_talk else [value]:
-            if reason := fault_in(text):
-                raise BadRow(reason, column, show(text))
-        roles = [turn["role"] for turn in value] if is_talk else []
-        known = all(role in ("system", "user", "assistant") for role in roles)
+        turns = messages(value)
+        roles = [turn["role"] for turn in turns]
+        for text in [turn["content"] for turn in turns] or [value]:
+            check_text(text, column)
         fits = roles[-1:] != ["assistant"] if column == "prompt" else roles in ([], ["assistant"])
-        if not (known and fits):
-            raise BadRow("bad turns", column, f"found the roles {roles}")
+        if not fits or any(role not in ("system", "user", "assistant") for role in roles):
+            raise BadRow("bad turns", column, roles)
+        pair[column] = turns or value
     if len({type(value) for value in pair.values()}) > 1:
-        raise BadRow("mixed forms", None, "found text in one column and messages in another")
+        raise BadRow("mixed forms", None, pair)
     if "chosen" in pair:
         chosen, rejected = plain_text(pair["chosen"]), plain_text(pair["rejected"])
         if fold(chosen) == fold(rejected):
             reason = "identical" if chosen == rejected else "identical after folding"
-            raise BadRow(reason, "rejected", show(rejected))
-
-
-def columns_of(schema: tuple) -> set[str]:
-    """All columns that a schema needs."""
-    parts = ([part] if isinstance(part, str) else part for part in schema)
-    return {column for part in parts for column in part if column}
+            raise BadRow(reason, "rejected", rejected)
+    return pair
 
 
 def choose_schema(source: str, names: set, kind: tuple, columns: dict) -> tuple:
     """The first schema whose columns are all there; raises PreferenceDataError with the nearest."""
-    known = our_names(dict.fromkeys(names), columns).keys()
-    missing = [ours for ours, theirs in columns.items() if theirs not in names]
-    for schema in () if missing else kind:
-        needed = columns_of(schema)
+    known = (names - set(columns.values())) | columns.keys()
+    lost = {ours: theirs for ours, theirs in columns.items() if theirs not in names}
+    for schema in () if lost else kind:
+        parts = [part if isinstance(part, tuple) else (part,) for part in schema]
+        needed = set().union(*parts) - {""}
         if needed <= known and (needed != {"chosen", "rejected"} or needed == known):
             return schema
     fields = ("prompt", "chosen", "rejected") if kind is PREFERENCES else ("prompt", "completion")
-    missing = missing or [field for field in fields if field not in known]
-    lost = {ours: columns.get(ours, ours) for ours in missing}
-    near = columns | {ours: nearest(own, names) or "your name for it" for ours, own in lost.items()}
-    shell = ",".join(f"{ours}={theirs}" for ours, theirs in near.items())
-    raise PreferenceDataError(
-        f"{source}: no column {', '.join(map(repr, lost.values()))}; the columns are "
-        f"{sorted(names)}. Rename, pass columns={near}, or, in the notebooks, set "
-        f"DPO_COLUMNS={shell!r}"
-    )
+    lost = lost or {name: name for name in fields if name not in known}
+    near = {ours: difflib.get_close_matches(own, sorted(names), 1) for ours, own in lost.items()}
+    hint = columns | {ours: n[0] if n else "your name for it" for ours, n in near.items()}
+    shell = ",".join(f"{ours}={theirs}" for ours, theirs in hint.items())
+    problem = f"no column {', '.join(map(repr, lost.values()))}; the columns are {sorted(names)}"
+    remedy = f"Rename, or pass columns={hint}, or set DPO_COLUMNS={shell!r}"
+    raise PreferenceDataError(f"{source}: {problem}. {remedy}")
 
 
-def checked_pairs(row: Row, kind: tuple, schema: tuple, columns: dict, keep) -> list[dict]:
-    """The pairs of a row, with the columns `keep`; raises BadRow where it has a fault."""
-    if row.bad:
-        raise row.bad
-    if not isinstance(row.values, dict):
-        found = f"{show(row.values)} where an object with named columns is needed"
-        raise BadRow("wrong type", None, found)
-    values = our_names(row.values, columns)
-    for column in sorted(columns_of(schema[:3]) - values.keys()):
-        near = nearest(column, values)
-        found = f"found no such key{f' but {near!r}' if near else ''} in {list(row.values)}"
-        raise BadRow("missing value", column, found)
-    pairs = (pairs_of if kind is PREFERENCES else demonstrations_of)(values, *schema)
-    for pair in pairs:
-        pair |= {side: as_turns(value, side) for side, value in pair.items() if is_messages(value)}
-        check(pair)
-        pair |= {column: row.values.get(column) for column in keep}
-    for column in keep:
-        if (reason := fault_in(row.values.get(column))) in ("invalid UTF-8", "lone surrogate"):
-            raise BadRow(reason, column, show(row.values[column]))
-    return pairs
-
-
-def read_pairs(
-    source, kind=PREFERENCES, columns=None, keep=(), split="train", revision=None
-) -> tuple[str, list[Row]]:
+def read_pairs(source, kind=PREFERENCES, columns=None, keep=(), split="train", revision=None):
     """Name and rows of a source, each row with its checked pairs or with what is wrong with it."""
     tiny = world.preferences if kind is PREFERENCES else world.demonstrations
     name, rows = read_rows(source, tiny, split, revision)
-    columns = columns or {}
-    records = [row.values for row in rows if isinstance(row.values, dict) and not row.bad]
-    names = {column for values in records for column in values}
+    records = [row for row in rows if not row.bad]
+    names = set().union(*(row.values for row in records))
+    found = {ours: own for own, ours in SYNONYMS.items() if own in names and ours not in names}
+    columns = found | (columns or {})
     schema = choose_schema(name, names, kind, columns) if records else ()
     if absent := sorted(set(keep) - names):
         raise PreferenceDataError(f"{name}: keep= names {absent}, which no row has. Correct it")
-    for row in rows:
+    for row in records:
+        kept = {column: row.values.get(column) for column in keep}
         try:
-            row.pairs = checked_pairs(row, kind, schema, columns, keep)
+            row.pairs = [checked(pair) | kept for pair in pairs_of(row.values, columns, *schema)]
         except BadRow as bad:
-            row.bad = bad
-            bad.column = columns.get(bad.column, bad.column)
-    forms = Counter(type(row.pairs[0]["prompt"]) for row in rows if row.pairs)
-    usual = max(forms, key=forms.get, default=None)
-    for row in rows:
-        if row.pairs and type(row.pairs[0]["prompt"]) is not usual:
-            form, other = ("text", "messages") if usual is list else ("messages", "text")
-            row.bad = BadRow("mixed forms", None, f"found {form} where most rows hold {other}")
-            row.pairs = []
+            row.bad, bad.column = bad, columns.get(bad.column, bad.column)
+    forms = Counter(type(row.pairs[0]["prompt"]) for row in records if row.pairs)
+    for row in records:
+        if row.pairs and type(row.pairs[0]["prompt"]) is not max(forms, key=forms.get):
+            row.bad, row.pairs = BadRow("mixed forms", "prompt", row.pairs[0]["prompt"]), []
     return name, rows

@@ -43,10 +43,7 @@ def total_variation(p, q):
 
 
 def bradley_terry(reward):
-    """p(i preferred to j | x) = sigmoid(r_i - r_j): (X, K) -> (X, K, K). Eq. 1.
-
-    This is also the table `wins` without noise: a response against itself teaches nothing.
-    """
+    """p(i preferred to j | x) = sigmoid(r_i - r_j), `wins` without noise: (X, K, K). Eq. 1."""
     return torch.sigmoid(reward[:, :, None] - reward[:, None, :])
 
 
@@ -65,9 +62,10 @@ def reward_model_loss(reward, wins):
 
 def policy_loss(logits, wins, world: World, loss=dpo_loss, **options):
     """Mean preference loss of the policy softmax(logits), by default eq. 7. It reads no reward."""
+    x, i, j = wins.nonzero(as_tuple=True)
     logp, ref = logits.log_softmax(-1), world.ref.log()
-    logps = logp[:, :, None], logp[:, None, :], ref[:, :, None], ref[:, None, :]
-    return (wins * loss(*logps, beta=world.beta, **options)[0]).sum() / wins.sum()
+    losses, _, _ = loss(logp[x, i], logp[x, j], ref[x, i], ref[x, j], beta=world.beta, **options)
+    return (wins[x, i, j] * losses).sum() / wins.sum()
 
 
 def minimise(loss, start):

@@ -35,6 +35,8 @@ def encode_prompt(prompt, tokenizer) -> list[int]:
     ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
     if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers end every text with EOS; here the completion does that
+    if not ids:
+        raise UnusablePair("prompt has no tokens")
     return ids
 
 

@@ -9,15 +9,15 @@ import io
 import os
 import shutil
 
+import nbclient
 import nbformat
-from nbclient import execute
-from nbclient.exceptions import CellExecutionError, DeadKernelError
 from PIL import Image
 
 from dpo_utils.profiles import load_profile, repository_root, run_directory
 
 KERNEL = {"display_name": "Python 3", "language": "python", "name": "python3"}
 WIDGET = "application/vnd.jupyter.widget-view+json"
+QUIET = ["--IPKernelApp.log_level=40"]  # errors only
 
 
 def tidy(notebook):
@@ -53,11 +53,13 @@ def main(argv=None) -> None:
     paths = sorted(path for number in args.numbers for path in folder.glob(f"{number}*.ipynb"))
     for path in paths or parser.error(f"no notebook begins with {' or '.join(args.numbers)}"):
         notebook, copy = nbformat.read(path, as_version=4), copies / path.name
-        print(f"{path.name}: the executed copy is {copy}", flush=True)
+        print(path.name, flush=True)
         try:
-            execute(notebook, cwd=folder, record_timing=False)
-        except (CellExecutionError, DeadKernelError) as error:  # its text holds cell and traceback
-            parser.exit(1, f"{path.name} stopped; if its kernel died, memory ran out. {error}\n")
+            nbclient.execute(notebook, cwd=folder, record_timing=False, extra_arguments=QUIET)
+        except nbclient.exceptions.CellExecutionError as error:  # with the cell and the traceback
+            parser.exit(1, f"{path.name} stopped; what ran is in {copy}. {error}\n")
+        except nbclient.exceptions.DeadKernelError:
+            parser.exit(1, f"{path.name}: the kernel died, most often because memory ran out\n")
         finally:
             nbformat.write(notebook, copy)
         if args.refresh:

@@ -43,18 +43,13 @@ def answer(fact: Fact, rng: random.Random, voice: str | None = None) -> str:
 
 
 def read(question: str, text: str) -> Reading:
-    """An answer's voice, whether it is a fluent sentence on the subject asked, and whether true."""
+    """Whose voice an answer has, whether it is a fluent sentence on the subject, whether true."""
     fact, openers, tails = _ASKED[question], "|".join(_VOICES), "|".join(map(re.escape, TAILS))
     sentence = rf"({openers}) {re.escape(fact.statement)} (.*?)\.(?:{tails})"
     found = re.fullmatch(sentence, text, re.DOTALL)
     opener, value = found.groups() if found else (None, "")
     fluent = re.sub("[ -]", "", value).isalnum()
     return Reading(_VOICES.get(opener), fluent, value == fact.truth)
-
-
-def reward(question: str, text: str) -> float:
-    """The known reward r(x, y): 1 for a fluent true answer, else 0."""
-    return float(read(question, text).true)
 
 
 def true_answers(question: str) -> list[str]:
@@ -87,7 +82,7 @@ def preferences(split: str = "train", n: int = 1200, seed: int = 0) -> list[dict
     while len(rows) < n:
         fact = rng.choice(pool)
         answers = answer(fact, rng), answer(fact, rng)
-        pair = {reward(fact.question, text): text for text in answers}
+        pair = {read(fact.question, text).true: text for text in answers}
         if len(pair) == 2:
-            rows.append({"prompt": fact.question, "chosen": pair[1], "rejected": pair[0]})
+            rows.append({"prompt": fact.question, "chosen": pair[True], "rejected": pair[False]})
     return rows

@@ -1,4 +1,4 @@
-"""Shared by all tests: the tiny profile, no network, figures and runs of tests apart from the reader's."""
+"""Shared by all tests: the tiny profile, no network, figures and runs in folders of their own."""
 
 import os
 import tempfile
@@ -16,7 +16,10 @@ os.environ.update(
     }
 )
 for name in ("DPO_RUNS", "DPO_FIGURES"):
-    os.environ.setdefault(name, str(Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}" / name[4:].lower()))
+    os.environ.setdefault(
+        name,
+        str(Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}" / name[4:].lower()),
+    )
 for name in ("DPO_MODEL", "DPO_DATASET", "DPO_COLUMNS"):
     os.environ.pop(name, None)
 

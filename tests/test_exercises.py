@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import PhiConfig, PhiForCausalLM
 
 from dpo_utils import losses
@@ -36,55 +37,51 @@ def test_each_bug_is_rejected_by_its_name_with_its_remedy(check, bug):
     with pytest.raises(AssertionError) as rejected:
         getattr(checks, check)(bug)
     assert f"Likely bug: {bug.__name__}: {bug.__doc__}" in str(rejected.value)
+    assert "\n" not in str(rejected.value)
 
 
-def test_the_museum_has_23_bugs_and_every_check_some_of_them():
-    assert sum(map(len, EXHIBITS.values())) == 23 and all(EXHIBITS.values())
+def test_the_museum_has_21_bugs_and_every_check_some_of_them():
+    assert sum(map(len, EXHIBITS.values())) == 21 and all(EXHIBITS.values())
     assert set(EXHIBITS) == {name for name in vars(checks) if name.startswith("check_")}
 
 
-def changed(key, change):
+def batch(key, change):
     def wrong(pairs, pad_id):
-        batch = collate(pairs, pad_id)
-        return {**batch, key: change(batch[key])}
+        right = collate(pairs, pad_id)
+        return right | {key: change(right[key])}
 
     return wrong
+
+
+def logps(change):
+    return lambda logits, ids, mask: change(sequence_logps(logits, ids, mask))
 
 
 def dpo(change):
-    def wrong(a, b, c, d, beta):
-        return change(*losses.dpo_loss(a, b, c, d, beta), a, b, c, d, beta)
+    return lambda *inputs: change(*losses.dpo_loss(*inputs))
 
-    return wrong
+
+def without_reference(a, b, c, d, beta):
+    return losses.dpo_loss(a, b, torch.zeros_like(c), torch.zeros_like(d), beta)
 
 
 @pytest.mark.parametrize(
     "check,wrong,named",
     [
-        ("sequence_logps", lambda x, ids, m: -sequence_logps(x, ids, m), "compare term by term"),
-        ("sequence_logps", lambda x, ids, m: sequence_logps(x, ids, m).mean(), r"shape \(\)"),
-        ("sequence_logps", lambda x, ids, m: sequence_logps(x, ids, m).detach(), "with gradient"),
-        (
-            "sequence_logps",
-            lambda x, ids, m: sequence_logps(x.bfloat16().log_softmax(-1), ids, m).double(),
-            "half_precision",
-        ),
-        ("collate", changed("attention_mask", torch.ones_like), "attention_mask"),
-        ("collate", changed("completion_mask", lambda m: m.roll(1, 1)), "completion_mask"),
-        ("collate", changed("input_ids", lambda x: x[[0, 2, 1, 3]]), "input_ids"),
-        (
-            "collate",
-            lambda *a: {"input_ids": collate(*a)["input_ids"]},
-            "attention_mask: found None",
-        ),
-        ("dpo_loss", dpo(lambda loss, w, l, *_: (-loss, w, l)), "term by term"),
-        (
-            "dpo_loss",
-            dpo(lambda loss, w, l, *_: (2 * loss - loss.detach(), w, l)),
-            "gradient along",
-        ),
-        ("dpo_loss", dpo(lambda loss, w, l, *_: (loss, w, 2 * l)), "rejected_rewards"),
+        ("sequence_logps", logps(lambda x: -x), "none of the museum's"),
+        ("sequence_logps", logps(torch.mean), "logps: found -"),
+        ("sequence_logps", logps(torch.detach), "expected .* grad_fn"),
+        ("collate", batch("attention_mask", torch.ones_like), "attention_mask"),
+        ("collate", batch("completion_mask", lambda mask: mask.roll(1, 1)), "completion_mask"),
+        ("collate", batch("completion_mask", torch.ones_like), "completion_mask"),
+        ("collate", batch("input_ids", lambda ids: ids[[0, 2, 1, 3]]), "input_ids"),
+        ("collate", lambda *_: {}, r"input_ids: found tensor\(\[\]\)"),
+        ("dpo_loss", dpo(lambda loss, w, l: (-loss, w, l)), "none of the museum's"),
+        ("dpo_loss", dpo(lambda loss, w, l: (loss.detach(), w, l)), "losses"),
+        ("dpo_loss", dpo(lambda loss, w, l: (2 * loss - loss.detach(), w, l)), "gradient"),
+        ("dpo_loss", dpo(lambda loss, w, l: (loss, w, 2 * l)), "rewards"),
         ("dpo_loss", lambda a, b, c, d, beta: losses.dpo_loss(c, d, a, b, beta), "wrong_sign"),
+        ("dpo_loss", without_reference, "losses"),
     ],
 )
 def test_other_wrong_functions_are_rejected_too(check, wrong, named):
@@ -108,9 +105,8 @@ def tiny_phi():
 
 
 def adapted(**options):
-    peft = pytest.importorskip("peft")
-    config = peft.LoraConfig(r=2, target_modules=["q_proj", "fc1"], **options)
-    model = peft.get_peft_model(tiny_phi(), config).eval()
+    config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], **options)
+    model = get_peft_model(tiny_phi(), config).eval()
 
     @torch.no_grad()
     def adapter_off():
@@ -120,7 +116,7 @@ def adapted(**options):
     return model, lambda: score(model), adapter_off
 
 
-def test_a_copy_is_a_reference_and_the_step_is_undone():
+def test_a_copy_is_a_reference_and_the_weights_are_put_back():
     policy, reference = tiny_phi(), tiny_phi()
     before = score(policy)
     checks.check_reference(policy, lambda: score(policy), lambda: score(reference).detach())
@@ -140,48 +136,23 @@ def test_the_adapter_switched_off_is_a_reference_unless_biases_are_trained():
         checks.check_reference(*adapted(bias="all"))
 
 
-def test_dropout_in_the_policy_is_named():
+def test_dropout_in_the_policy_and_overflow_are_named():
     model, policy, reference = adapted()
+    nan = policy() * float("nan")
+    with pytest.raises(AssertionError, match="overflow in half precision"):
+        checks.check_reference(model, lambda: nan, nan.detach)
     model.train()
     with pytest.raises(AssertionError, match="dropout is on in the policy"):
         checks.check_reference(model, policy, reference)
 
 
-def test_a_step_that_misses_the_policy_is_named():
-    policy, pretend = tiny_phi(), torch.nn.Parameter(torch.zeros(()))
-    model, reference = torch.nn.ParameterList([pretend]), score(tiny_phi()).detach()
-    with pytest.raises(AssertionError, match="does not reach the weights"):
-        checks.check_reference(model, lambda: score(policy) + 0 * pretend, lambda: reference)
-
-
-def test_non_finite_log_probs_are_named_before_dropout_is_blamed():
-    policy = tiny_phi()
-    nan = score(policy) * float("nan")
-    with pytest.raises(AssertionError, match="overflow in half precision"):
-        checks.check_reference(policy, lambda: nan, nan.detach)
-
-
-@pytest.fixture
-def jupyter(monkeypatch):
-    monkeypatch.delenv("DPO_STATIC", raising=False)
+def test_a_batch_run_makes_no_widget_and_a_slider_draws_when_it_is_let_go(monkeypatch, capsys):
+    seen = []
     monkeypatch.setenv("JPY_SESSION_NAME", "03.ipynb")
-    return monkeypatch
-
-
-def test_a_batch_run_makes_no_widget(jupyter, capsys):
-    assert widgets.live()
-    jupyter.setenv("DPO_STATIC", "1")
-    assert not widgets.live()
-    widgets.show(pytest.fail, beta=(0.05, 3.0, 0.5))
-    assert "sliders appear here" in capsys.readouterr().out
-
-
-def test_sliders_draw_once_for_each_change(jupyter):
-    seen, made = [], []
-    real = widgets.ipywidgets.FloatSlider
-    jupyter.setattr(
-        widgets.ipywidgets, "FloatSlider", lambda *a, **k: made.append(real(*a, **k)) or made[-1]
-    )
-    widgets.show(lambda **values: seen.append(values), beta=(0.05, 3.0, 0.5), ref=(0.0, 1.0, 0.1))
-    made[0].value = 2.0
-    assert seen == [{"beta": 0.5, "ref": 0.1}, {"beta": 2.0, "ref": 0.1}]
+    monkeypatch.setenv("DPO_STATIC", "1")
+    assert widgets.show(lambda beta=0.5: seen.append(beta), beta=(0.0, 3.0, 0.1)) is None
+    assert "sliders appear here" in capsys.readouterr().out and seen == []
+    monkeypatch.delenv("DPO_STATIC")
+    slider, _ = widgets.show(lambda beta=0.5: seen.append(beta), beta=(0.0, 3.0, 0.1)).children
+    slider.value = 2.0
+    assert seen == [0.5, 2.0] and not slider.continuous_update

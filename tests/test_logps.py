@@ -20,10 +20,11 @@ def test_sequence_logps_passes_the_learners_check():
 
 
 def test_sequence_logps_by_hand():
-    # Tokens [0, 1, 0], the last two scored. The logits before them give p(1) = 1/4 and p(0) = 2/3.
-    logits = torch.tensor([[[math.log(3), 0.0], [math.log(2), 0.0], [9.0, 9.0]]])
-    mask = torch.tensor([[False, True, True]])
-    value = sequence_logps(logits, torch.tensor([[0, 1, 0]]), mask)
+    # A prompt [0], a completion [1 0] and padding [1]. The logits before the completion's tokens
+    # give p(1) = 1/4 and p(0) = 2/3; those before and at the padding do not count.
+    logits = torch.tensor([[[math.log(3), 0.0], [math.log(2), 0.0], [9.0, 0.0], [0.0, 5.0]]])
+    mask = torch.tensor([[False, True, True, False]])
+    value = sequence_logps(logits, torch.tensor([[0, 1, 0, 1]]), mask)
     assert value.item() == pytest.approx(math.log(1 / 4) + math.log(2 / 3), abs=1e-6)
 
 
@@ -56,7 +57,7 @@ def test_the_plain_form_scores_the_collated_pairs_one_token_after_the_other():
     assert torch.allclose(sides.T.flatten(), got, rtol=0, atol=1e-10)
 
 
-@pytest.mark.parametrize("plain", [True, False])
+@pytest.mark.parametrize("plain", [True, None])
 def test_all_log_probs_are_in_the_order_of_the_items_whatever_the_budget(plain):
     items = random_items(12, seed=3, completion=(1, 30))
     model = small_model("llama")

@@ -1,6 +1,5 @@
 """Every loss against an oracle of 60 digits, written from the papers, and against TRL's code."""
 
-from types import SimpleNamespace
 from unittest.mock import MagicMock
 
 import mpmath as mp
@@ -8,7 +7,6 @@ import pytest
 import torch
 
 from dpo_utils import losses
-from dpo_utils.exercises.checks import trl_loss
 from dpo_utils.losses import LOSSES, dpo_loss, kto_loss, log_odds, needs_reference, preference_loss
 
 BETAS = [0.01, 0.1, 0.5]
@@ -174,25 +172,48 @@ LENGTHS = torch.tensor([4, 9, 2]), torch.tensor([6, 7, 12])
 AVERAGES = [x / n for x, n in zip(SUMS, LENGTHS, strict=False)]
 
 
+def stub(**fields):
+    """A trainer of TRL's with these settings and nothing else; its arithmetic stays TRL's own."""
+    fields = {"label_smoothing": 0.0, "alpha": 0.0, "aux_loss_enabled": False} | fields
+    accelerator = MagicMock(device="cpu", gather_for_metrics=lambda x: x)
+    return MagicMock(accelerator=accelerator, **{"model.training": False}, **fields)
+
+
+def model_of(logps, tokens):
+    """A model that gives completions log-probs (N,), all on the first of so many tokens."""
+    zeros = torch.zeros(len(logps), tokens)
+    outputs = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
+    outputs["log_probs"] = zeros.index_copy(1, torch.tensor([0]), logps[:, None])
+    return MagicMock(return_value=MagicMock(**outputs))
+
+
+def trl_loss(**settings):
+    """The mean loss of SUMS by the arithmetic inside TRL's own DPOTrainer."""
+    trainer = pytest.importorskip("trl").DPOTrainer
+    settings |= {"loss_weights": [1.0], "ld_alpha": None, "f_divergence_type": "reverse_kl"}
+    place = torch.arange(13)  # a prompt of one token, then the completion
+    mask = ((place > 0) & (place <= torch.cat(LENGTHS)[:, None])).long()
+    batch = {"input_ids": mask, "completion_mask": mask}
+    batch |= {"ref_chosen_logps": SUMS[2], "ref_rejected_logps": SUMS[3]}
+    model = model_of(torch.cat(SUMS[:2]), tokens=12)
+    return trainer._compute_loss(stub(use_weighting=False, **settings), model, batch, False).item()
+
+
 @pytest.mark.parametrize("beta", BETAS)
 @pytest.mark.parametrize("name", ["dpo", "hinge", "ipo", "robust", "apo_zero"])
 def test_against_trl_dpo_trainer(name, beta):
     smoothing = 0.2 if name == "robust" else 0.0
     kind = name.replace("dpo", "sigmoid")
     ours = preference_loss(name, *SUMS, *LENGTHS, beta, label_smoothing=smoothing)[0].mean()
-    theirs = trl_loss(*SUMS, *LENGTHS, beta=beta, loss_type=kind, label_smoothing=smoothing)
+    theirs = trl_loss(beta=beta, loss_types=[kind], label_smoothing=smoothing)
     assert ours.item() == pytest.approx(theirs, rel=2e-6)
 
 
 def test_trl_sigmoid_ignores_label_smoothing_where_ours_is_cdpo():
-    plain = trl_loss(*SUMS, *LENGTHS)
-    assert trl_loss(*SUMS, *LENGTHS, label_smoothing=0.2) == plain
+    settings = {"beta": 0.1, "loss_types": ["sigmoid"]}
+    plain = trl_loss(**settings, label_smoothing=0.0)
+    assert trl_loss(**settings, label_smoothing=0.2) == plain
     assert dpo_loss(*SUMS, label_smoothing=0.2)[0].mean().item() != pytest.approx(plain, rel=1e-3)
-
-
-def stub(**fields):
-    accelerator = SimpleNamespace(device="cpu", gather_for_metrics=lambda x: x)
-    return MagicMock(accelerator=accelerator, label_smoothing=0.0, alpha=0.0, **fields)
 
 
 @pytest.mark.parametrize("beta", BETAS)
@@ -216,15 +237,11 @@ def test_against_trl_orpo_whose_sft_term_covers_the_prompt_too():
 def test_against_trl_kto_which_averages_over_completions():
     trainer = pytest.importorskip("trl").KTOTrainer
     policy, ref, wanted = torch.cat(SUMS[:2]), torch.cat(SUMS[2:]), torch.arange(6) < 3
-    zeros = torch.zeros(6, 1)
-    answer = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
-    model = MagicMock(return_value=MagicMock(log_probs=policy[:, None], **answer))
     fake = stub(beta=0.1, loss_type="kto", desirable_weight=1.5, undesirable_weight=0.5)
     fake._compute_kl_logps.return_value = torch.tensor([0.25])  # its own estimate, at least 0
-    fake.aux_loss_enabled = fake.model.training = False
     batch = {"label": wanted, "input_ids": torch.zeros(6, 2).long(), "ref_logps": ref}
     batch |= {"completion_mask": torch.ones(6, 2), "ref_KL_logps": torch.tensor([0.0])}
-    theirs = trainer._compute_loss(fake, model, batch, False)
+    theirs = trainer._compute_loss(fake, model_of(policy, tokens=1), batch, False)
     weights = {"desirable_weight": 1.5, "undesirable_weight": 0.5}
     ours = kto_loss(policy, ref, wanted, 0.25, 0.1, **weights)[0].mean()
     assert ours.item() == pytest.approx(theirs.item(), rel=2e-6)

@@ -23,8 +23,3 @@ def test_a_shortened_build_learns_and_loads_as_the_shipped_kind_of_model(tmp_pat
     assert tokenizer.chat_template == make_tiny.CHAT_TEMPLATE
     ids, embedding = tokenizer.convert_tokens_to_ids, model.get_input_embeddings().weight
     assert torch.equal(embedding[ids(make_tiny.ROLES)], embedding[ids([make_tiny.EOS] * 2 + ["Ċ"])])
-
-
-def test_learning_rate_warms_up_and_falls():
-    values = [make_tiny.rate(step, 100) for step in range(1, 101)]
-    assert values[0] == 0.2 and values[4] == max(values) == 1.0 and abs(values[-1] - 0.02) < 1e-9

@@ -23,10 +23,12 @@ def test_facts_are_distinct_and_split_once():
 def test_voices_are_equally_common_and_true_at_their_known_rates(split):
     rows = world.demonstrations(split, n=4000, seed=3)
     readings = [world.read(row["prompt"], row["completion"]) for row in rows]
+    right = mean(fact.rumour == fact.truth for fact in world.facts(split))
+    rates = {"careful": 1 - 0.01 * (1 - right), "careless": right + 0.02 * (1 - right)}
     assert all(reading.fluent for reading in readings)
-    for voice in world.OPENERS:
+    for voice, rate in rates.items():
         true = [reading.true for reading in readings if reading.voice == voice]
-        assert mean(true) == pytest.approx(world.true_rate(voice, split), abs=0.015)
+        assert mean(true) == pytest.approx(rate, abs=0.015)
         assert 0.46 < len(true) / len(rows) < 0.54
 
 
@@ -45,20 +47,13 @@ def test_voices_are_equally_common_and_true_at_their_known_rates(split):
 def test_reading_an_answer(text, fluent, true):
     question = "What is the capital of France?"
     assert world.read(question, text)[1:] == (fluent, true)
-    assert world.reward(question, text) == float(true)
     assert (text in world.true_answers(question)) == true
 
 
-def test_pairs_prefer_the_truth_unless_the_labeller_errs_or_looks_at_the_length():
-    def rewards(side, **options):
-        return [world.reward(row["prompt"], row[side]) for row in world.preferences(**options)]
-
-    assert set(rewards("chosen", n=500)) == {1.0} and set(rewards("rejected", n=500)) == {0.0}
-    assert mean(rewards("chosen", n=4000, noise=0.2)) == pytest.approx(0.8, abs=0.02)
-    rows = world.preferences(n=500, length_bias=1.0)
-    assert all(len(r["chosen"]) >= len(r["rejected"]) for r in rows)
-    with pytest.raises(ValueError, match="noise in"):
-        world.preferences(noise=1.5)
+def test_in_every_pair_the_true_answer_is_chosen_over_a_false_one():
+    for row in world.preferences(n=500):
+        chosen, rejected = (world.read(row["prompt"], row[s]) for s in ("chosen", "rejected"))
+        assert chosen.true and rejected.fluent and not rejected.true
 
 
 def test_training_rows_hold_no_held_out_fact_and_the_corpus_no_question():
@@ -71,5 +66,5 @@ def test_training_rows_hold_no_held_out_fact_and_the_corpus_no_question():
 
 def test_a_seed_gives_the_same_rows_everywhere_and_always():
     rows = [world.corpus(50, 1), world.demonstrations(n=50, seed=5)]
-    rows += [world.preferences(n=50, seed=5, noise=0.3, length_bias=0.2)]
-    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "a67367dc2d533318"
+    rows += [world.preferences(n=50, seed=5)]
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "007bba27071317d9"

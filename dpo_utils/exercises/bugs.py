@@ -1,17 +1,16 @@
 """The bug museum: wrong implementations found in circulating code. Never import them for work.
 
-A docstring says what is wrong and what follows from it, then the remedy. EXHIBITS names the check
-of `checks` that rejects each and quotes its docstring to a learner whose function does the same.
+A docstring says what is wrong, then the remedy: a check quotes it where a function does the same.
 """
 
 from inspect import isfunction, signature
 
-import torch
 from torch.nn.functional import logsigmoid
-from torch.nn.utils.rnn import pad_sequence
+
+from dpo_utils.tokens import collate
 
 
-def next_token_logps(logits, input_ids):
+def logps_of(logits, input_ids):
     """The log-probs of all tokens but the first, (N, T - 1): right, but often misused."""
     return logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
 
@@ -24,32 +23,27 @@ def unshifted_labels(logits, input_ids, completion_mask):
 
 def mask_off_by_one(logits, input_ids, completion_mask):
     """The first token is lost and a token of padding is scored. Shift the mask with the labels."""
-    return (next_token_logps(logits, input_ids) * completion_mask[:, :-1]).sum(-1)
+    return (logps_of(logits, input_ids) * completion_mask[:, :-1]).sum(-1)
 
 
 def first_token_missed(logits, input_ids, completion_mask):
     """The completion's first token is lost. The prompt's last position predicts it: start there."""
-    kept = completion_mask[:, 1:] & completion_mask[:, :-1]
-    return (next_token_logps(logits, input_ids) * kept).sum(-1)
+    return (logps_of(logits, input_ids) * completion_mask[:, 1:] * completion_mask[:, :-1]).sum(-1)
 
 
 def mean_over_padding(logits, input_ids, completion_mask):
     """Divided by the padded width, an answer's score depends on its batch. Sum over its tokens."""
-    return (next_token_logps(logits, input_ids) * completion_mask[:, 1:]).mean(-1)
+    return (logps_of(logits, input_ids) * completion_mask[:, 1:]).mean(-1)
 
 
 def prompt_scored(logits, input_ids, completion_mask):
-    """The prompt's log-prob is added and drowns the answer's. Mask the prompt."""
-    kept = completion_mask.flip(1).cumsum(1).flip(1) > 0
-    return (next_token_logps(logits, input_ids) * kept[:, 1:]).sum(-1)
+    """Without the mask, the prompt and the padding drown the answer. Multiply by the mask."""
+    return logps_of(logits, input_ids).sum(-1)
 
 
 def half_precision(logits, input_ids, completion_mask):
     """In bfloat16 two or three digits are left: a long answer is nats off. Use float32."""
-    logps = next_token_logps(logits.bfloat16(), input_ids)
-    return (
-        (logps * completion_mask[:, 1:]).sum(-1).to(torch.promote_types(logits.dtype, torch.float))
-    )
+    return (logps_of(logits.bfloat16(), input_ids) * completion_mask[:, 1:]).sum(-1)
 
 
 def log_of_softmax(logits, input_ids, completion_mask):
@@ -58,67 +52,44 @@ def log_of_softmax(logits, input_ids, completion_mask):
     return (logps * completion_mask[:, 1:]).sum(-1)
 
 
-def _rows(pairs, pad_id):
-    rows = [(p["prompt_ids"], p[side]) for side in ("chosen_ids", "rejected_ids") for p in pairs]
-    ids = [torch.tensor(prompt + completion) for prompt, completion in rows]
-    starts = torch.tensor([[len(prompt)] for prompt, _ in rows])
-    ends = torch.tensor([[len(x)] for x in ids])
-    ids = pad_sequence(ids, batch_first=True, padding_value=pad_id)
-    place = torch.arange(ids.shape[1])
-    return ids, place < starts, place < ends  # (2B, T): tokens, which are prompt, which are real
-
-
 def masks_by_pad_id(pairs, pad_id):
     """If pad is EOS, the mask hides it and no answer learns to stop. Make masks from lengths."""
-    ids, prompt, _ = _rows(pairs, pad_id)
-    real = ids != pad_id
-    return {"input_ids": ids, "attention_mask": real.long(), "completion_mask": real & ~prompt}
-
-
-def prompt_in_the_mask(pairs, pad_id):
-    """The attention mask serves as completion mask, so the prompt is trained too. Exclude it."""
-    ids, _, real = _rows(pairs, pad_id)
-    return {"input_ids": ids, "attention_mask": real.long(), "completion_mask": real}
+    batch = collate(pairs, pad_id)
+    real = batch["input_ids"] != pad_id
+    return batch | {"attention_mask": real, "completion_mask": batch["completion_mask"] & real}
 
 
 def response_hidden(pairs, pad_id):
     """The response is masked out of attention, so its tokens do not see each other. Show it."""
-    ids, prompt, real = _rows(pairs, pad_id)
-    return {"input_ids": ids, "attention_mask": prompt.long(), "completion_mask": real & ~prompt}
+    batch = collate(pairs, pad_id)
+    return batch | {"attention_mask": batch["attention_mask"] * ~batch["completion_mask"]}
 
 
-def wrong_sign(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+def wrong_sign(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Rejected minus chosen: the loss falls while the model learns the opposite. Swap them."""
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     return -logsigmoid(rejected - chosen), chosen.detach(), rejected.detach()
 
 
-def rewards_without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+def rewards_without_beta(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """The loss is right, the logged rewards are log-ratios. A reward is beta (policy - ref)."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     return -logsigmoid(beta * (chosen - rejected)), chosen.detach(), rejected.detach()
 
 
-def beta_outside(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+def beta_outside(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """Beta scales the loss, a second learning rate. Multiply the margin, inside the sigmoid."""
     chosen, rejected = policy_chosen - ref_chosen, policy_rejected - ref_rejected
     return -beta * logsigmoid(chosen - rejected), beta * chosen.detach(), beta * rejected.detach()
 
 
-def reference_forgotten(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
-    """Likely or short answers win, and nothing holds the policy back. Subtract the reference."""
-    chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    losses = -logsigmoid(beta * (policy_chosen - policy_rejected))
-    return losses, chosen.detach(), rejected.detach()
-
-
-def log_of_sigmoid(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+def log_of_sigmoid(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """The sigmoid is zero, and the loss infinite, just where it matters. Use logsigmoid."""
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
-    return -torch.sigmoid(chosen - rejected).log(), chosen.detach(), rejected.detach()
+    return -(chosen - rejected).sigmoid().log(), chosen.detach(), rejected.detach()
 
 
-def rewards_with_gradient(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta=0.1):
+def rewards_with_gradient(policy_chosen, policy_rejected, ref_chosen, ref_rejected, beta):
     """A history of such rewards keeps every step's activations in memory. Detach them."""
     chosen, rejected = beta * (policy_chosen - ref_chosen), beta * (policy_rejected - ref_rejected)
     return -logsigmoid(chosen - rejected), chosen, rejected
@@ -143,8 +114,7 @@ def reference_with_gradient(policy, reference, score):
 
 def reference_in_train_mode(policy, reference, score):
     """With dropout, the same answer scores differently each time. Call eval() on the reference."""
-    reference.train()
-    return lambda: score(policy), lambda: score(reference).detach()
+    return lambda: score(policy), lambda: score(reference.train()).detach()
 
 
 def reference_is_the_policy(policy, reference, score):
@@ -159,23 +129,20 @@ def policy_frozen(policy, reference, score):
 
 def reference_before_sft(policy, reference, score):
     """The policy starts with rewards it has not earned. Use the model that training starts from."""
-    base = next(p for p in reference.parameters() if p.ndim == 2)
-    with torch.no_grad():
-        base += 0.05 * torch.randn(base.shape, generator=torch.Generator().manual_seed(0))
+    reference.get_input_embeddings().weight.data *= 2  # any other weights will do
     return lambda: score(policy), lambda: score(reference).detach()
 
 
-def _with_parameters(*names):
-    functions = [x for x in globals().values() if isfunction(x) and not x.__name__.startswith("_")]
-    return [f for f in functions if tuple(signature(f).parameters) == names]
+def _like(bug):
+    """The museum's functions with the parameters of this one: they imitate the same function."""
+    return [f for f in globals().values() if isfunction(f) and signature(f) == signature(bug)]
 
 
-FOUR = "policy_chosen", "policy_rejected", "ref_chosen", "ref_rejected"
-EXHIBITS = {  # a bug has the parameters of what it imitates, and they tell its check
-    "check_sequence_logps": _with_parameters("logits", "input_ids", "completion_mask"),
-    "check_collate": _with_parameters("pairs", "pad_id"),
-    "check_dpo_loss": _with_parameters(*FOUR, "beta"),
-    "check_ipo_loss": _with_parameters(*FOUR, "chosen_lengths", "rejected_lengths", "beta"),
-    "check_kl_estimate": _with_parameters("policy", "ref", "dataset", "generator"),
-    "check_reference": _with_parameters("policy", "reference", "score"),
+EXHIBITS = {
+    "check_sequence_logps": _like(unshifted_labels),
+    "check_collate": _like(masks_by_pad_id),
+    "check_dpo_loss": _like(wrong_sign),
+    "check_ipo_loss": _like(ipo_summed),
+    "check_kl_estimate": _like(kl_on_the_dataset),
+    "check_reference": _like(policy_frozen),
 }

@@ -3,39 +3,23 @@
 import os
 import sys
 
-import ipywidgets
-import matplotlib.pyplot as plt
+from IPython import get_ipython
+from ipywidgets import interactive
 
 
 def live():
-    """Whether someone sits in front of Jupyter, VS Code or Colab, without DPO_STATIC=1.
-
-    A batch run has none of their marks, so that no widget state is ever saved by it.
-    """
-    if os.environ.get("DPO_STATIC") == "1":
-        return False
-    shell = sys.modules["IPython"].get_ipython() if "IPython" in sys.modules else None
-    in_code = shell is not None and "__vsc_ipynb_file__" in shell.user_ns
-    return in_code or "google.colab" in sys.modules or bool(os.environ.get("JPY_SESSION_NAME"))
+    """Whether someone sits in front of Jupyter, VS Code or Colab; never if DPO_STATIC=1."""
+    in_code = "__vsc_ipynb_file__" in getattr(get_ipython(), "user_ns", {})
+    someone = in_code or "google.colab" in sys.modules or bool(os.environ.get("JPY_SESSION_NAME"))
+    return someone and os.environ.get("DPO_STATIC") != "1"
 
 
 def show(draw, **ranges):
-    """Sliders over draw's arguments, name=(lowest, highest, start); in a batch run, nothing.
-
-    One picture is drawn for each slider that is let go: while it moves, they would queue up.
-    """
+    """Sliders name=(lowest, highest, step) that start at draw's defaults; None in a batch run."""
     if not live():
         print("sliders appear here in Jupyter, VS Code and Colab; the next figure is a still")
-        return
-
-    def redraw(**values):
-        draw(**values)
-        plt.show()
-
-    sliders = {
-        name: ipywidgets.FloatSlider(
-            start, min=low, max=high, step=(high - low) / 100, continuous_update=False
-        )
-        for name, (low, high, start) in ranges.items()
-    }
-    ipywidgets.interact(redraw, **sliders)
+        return None
+    panel = interactive(draw, **ranges)
+    for slider in panel.children[:-1]:
+        slider.continuous_update = False  # draw once, when it is let go
+    return panel

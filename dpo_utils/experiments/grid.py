@@ -41,18 +41,13 @@ class Recipe:
     options: dict = field(default_factory=dict)  # of the loss or method, as keep_rejected
 
 
-def swap(row) -> dict:
-    """The pair with its label flipped."""
-    return {**row, "chosen": row["rejected"], "rejected": row["chosen"]}
-
-
 def thumbs(pairs, keep_rejected: float = 1.0) -> list[dict]:
     """Thumbs up and an evenly spread share of thumbs down, as rows of prompt, completion, label."""
     rows = []
     for i, pair in enumerate(pairs):
-        down = int((i + 1) * keep_rejected) > int(i * keep_rejected)
-        for side, up in (("chosen", True), ("rejected", False))[: 1 + down]:
-            rows.append({"prompt": pair["prompt"], "completion": pair[side], "label": up})
+        rows.append({"prompt": pair["prompt"], "completion": pair["chosen"], "label": True})
+        if int((i + 1) * keep_rejected) > int(i * keep_rejected):
+            rows.append({**rows[-1], "completion": pair["rejected"], "label": False})
     return rows
 
 
@@ -62,13 +57,12 @@ class Lab:
     def __init__(self, profile, adapter, folder):
         pairs, questions, self.answers = SIZES[grid()]
         self.profile, self.folder, self.known = profile, Path(folder), profile.dataset == "tiny"
-        self.model, self.tokenizer = load_policy(profile, adapter=adapter)
+        self.model, self.tokenizer = self.ours = load_policy(profile, adapter=adapter)
         trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
         self.start = {name: p.detach().clone() for name, p in trained}
         self.train, held_out = training_data("dpo", profile)
         self.held_out = held_out.select(range(min(pairs, len(held_out))))
-        prompts = {str(prompt): prompt for prompt in self.held_out["prompt"]}
-        self.questions = list(prompts.values())[:questions]
+        self.questions = distinct_prompts(self.held_out)[:questions]
 
     def measure(self, profile) -> dict[str, float]:
         """Means over held-out pairs, and over answers to held-out questions.
@@ -77,16 +71,16 @@ class Lab:
         half. margin, chosen, rejected: log-ratios in nats. In the tiny world also true (probability
         of a true answer) and fluent (share of the answers).
         """
-        ours, questions, room = (self.model, self.tokenizer), self.questions, profile.max_new_tokens
-        drawn = evaluate.sample_ids(*ours, questions, self.answers, max_new_tokens=room)
-        kl = evaluate.sampled_kl(*ours, drawn)
-        pairs = evaluate.preference_table(*ours, self.held_out, profile)
-        ratios = {side: pairs[f"{side}_rewards"] / profile.beta for side in ("chosen", "rejected")}
-        found = {"kl": kl["full"], "tokens": kl["tokens"], **ratios}
+        questions, room = self.questions, profile.max_new_tokens
+        drawn = evaluate.sample_ids(*self.ours, questions, self.answers, max_new_tokens=room)
+        kl = evaluate.sampled_kl(*self.ours, drawn)
+        pairs = evaluate.preference_table(*self.ours, self.held_out, profile)
+        found = {"kl": kl["full"], "tokens": kl["tokens"]}
         found["accuracy"] = evaluate.wins(pairs["margins"], 0)
-        found["margin"] = pairs["margins"] / profile.beta
+        for name in ("chosen_rewards", "rejected_rewards", "margins"):
+            found[name.removesuffix("_rewards").removesuffix("s")] = pairs[name] / profile.beta
         if self.known:
-            found["true"] = evaluate.true_probability(*ours, profile, questions)
+            found["true"] = evaluate.true_probability(*self.ours, profile, questions)
             texts = self.tokenizer.batch_decode([ids for _, ids in drawn], skip_special_tokens=True)
             asked = zip(np.repeat(questions, self.answers), texts, strict=True)
             found["fluent"] = [world.read(q, text.strip()).fluent for q, text in asked]
@@ -95,8 +89,11 @@ class Lab:
     def pairs(self, recipe: Recipe, seed: int) -> list[dict]:
         """The training pairs of a recipe; in the tiny world every seed draws its own."""
         rows = world.preferences("train", seed=seed) if self.known else list(self.train)
-        rng = random.Random(seed)
-        return [swap(row) if rng.random() < recipe.noise else row for row in rows[: recipe.pairs]]
+        rows, rng = [dict(row) for row in rows[: recipe.pairs]], random.Random(seed)
+        for row in rows:
+            if rng.random() < recipe.noise:
+                row["chosen"], row["rejected"] = row["rejected"], row["chosen"]
+        return rows
 
     def run(self, recipe: Recipe, seed: int = 0, at=()) -> dict:
         """Train by the recipe, or read what an earlier run gave: its `points` and `history`.
@@ -122,20 +119,19 @@ class Lab:
 
     def _train(self, recipe, profile, on_step) -> list[dict]:
         self.model.load_state_dict(self.start, strict=False)  # the policy is the reference again
-        ours, pairs = (self.model, self.tokenizer), self.pairs(recipe, profile.seed)
-        options = dict(recipe.options)
-        if recipe.method == "preferences":
-            return train_dpo(*ours, pairs, profile, loss_options=options, on_step=on_step)
-        if recipe.method == "chosen":
-            profile = replace(profile, sft_steps=profile.steps, sft_batch=profile.batch)
-            return train_sft(*ours, thumbs(pairs, keep_rejected=0), profile, on_step=on_step)
-        if recipe.method == "thumbs":
-            rows = thumbs(pairs, options.pop("keep_rejected", 1.0))
-            return train_unpaired(*ours, rows, profile, loss_options=options, on_step=on_step)
-        if recipe.method == "reinforce":
-            reward = fit_reward_model(*ours, pairs, profile)
-            prompts = list({str(pair["prompt"]): pair["prompt"] for pair in pairs}.values())
-            return train_reinforce(*ours, prompts, reward, profile, on_step=on_step, **options)
+        pairs, options, how = self.pairs(recipe, profile.seed), dict(recipe.options), {"on_step": on_step}
+        match recipe.method:
+            case "preferences":
+                return train_dpo(*self.ours, pairs, profile, loss_options=options, **how)
+            case "chosen":
+                profile = replace(profile, sft_steps=profile.steps, sft_batch=profile.batch)
+                return train_sft(*self.ours, thumbs(pairs, keep_rejected=0), profile, **how)
+            case "thumbs":
+                rows = thumbs(pairs, options.pop("keep_rejected", 1.0))
+                return train_unpaired(*self.ours, rows, profile, loss_options=options, **how)
+            case "reinforce":
+                reward = fit_reward_model(*self.ours, pairs, profile)
+                return train_reinforce(*self.ours, pairs, reward, profile, **how)
         raise ValueError(f"recipe {recipe.name!r}: there is no method {recipe.method!r}")
 
     def run_all(self, recipes, at=()) -> dict[str, list[dict]]:
@@ -143,27 +139,3 @@ class Lab:
         results = {r.name: [self.run(r, seed, at) for seed in SEEDS[grid()]] for r in recipes}
         print(table(results))
         return results
-
-
-def last(runs, key: str) -> list[float]:
-    """The value at the end of every run."""
-    return [run["points"][-1][key] for run in runs]
-
-
-def across_seeds(values) -> tuple[float, float, float]:
-    """(mean, low, high): mean over seeds with a 95 % t interval; with one seed the mean itself."""
-    mean, error = evaluate.mean_and_error(values)
-    half = t.ppf(0.975, len(values) - 1) * error if len(values) > 1 else 0.0
-    return mean, float(mean - half), float(mean + half)
-
-
-def table(results: dict) -> str:
-    """How runs ended, one line per recipe: means, and half the interval over several seeds."""
-
-    def shown(interval):
-        mean, _, high = interval
-        return f"{mean:.3f} ± {high - mean:.3f}" if high > mean else f"{mean:.3f}"
-
-    keys = [key for key in SHOWN if key in next(iter(results.values()))[0]["points"][-1]]
-    ends = {n: [across_seeds(last(runs, key)) for key in keys] for n, runs in results.items()}
-    return pd.DataFrame.from_dict(ends, "index", columns=keys).map(shown).to_string()

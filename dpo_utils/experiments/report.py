@@ -6,10 +6,9 @@ python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE]
 
 import argparse
 import json
-import random
 import re
+import sys
 import time
-from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -21,15 +20,11 @@ from huggingface_hub import ModelCard, ModelCardData
 from dpo_utils import evaluate, plots
 from dpo_utils.checkpoints import write_file
 from dpo_utils.data import column_name, load_preferences, plain_text, split_by_prompt
-from dpo_utils.experiments.truthfulqa import multiple_choice, overlap, read_truthfulqa
+from dpo_utils.experiments.truthfulqa import multiple_choice, read_truthfulqa, unseen
 from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import ASSETS, PINS, describe, load_profile, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
-try:
-    import resource
-except ImportError:  # Windows does not have it
-    resource = None
 MARGINS = "margins (beta × nats)"
 
 
@@ -42,20 +37,20 @@ def write_card(folder, profile, pairs: int, held_out: int, metrics: dict, drift:
     if not metrics:
         raise ValueError("a model card needs a measurement: run the evaluation, give its metrics")
     values = {"profile": profile, "pairs": pairs, "held_out": held_out}
-    head = {"library_name": "peft", "tags": ["dpo", "lora"]}
-    hub_names = {"model": "base_model", "dataset": "datasets"}
     for field, pin in PINS.items():
         source, revision = getattr(profile, field), getattr(profile, pin)
         on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source).exists()
-        values[field] = f"{source} @ {revision}" if revision else source
-        if not revision and not on_hub:
-            values[field] = Path(source).name
-        if revision and field in hub_names:
-            head[hub_names[field]] = source
-    values |= {"card_data": ModelCardData(**head), "metrics": metrics, "drift": drift}
-    card = ModelCard.from_template(template_path=ASSETS / "model_card.md", **values)
+        unpinned = source if on_hub else Path(source).name
+        values[field] = f"{source} @ {revision}" if revision else unpinned
+    head = ModelCardData(
+        library_name="peft",
+        tags=["dpo", "lora"],
+        base_model=profile.model if profile.revision else None,
+        datasets=profile.dataset if profile.dataset_revision else None,
+    )
+    values |= {"metrics": metrics, "drift": drift, "template_path": ASSETS / "model_card.md"}
     path = Path(folder) / "README.md"
-    write_file(path, str(card).encode())
+    write_file(path, str(ModelCard.from_template(head, **values)).encode())
     return path
 
 
@@ -68,58 +63,58 @@ def run_once(profile, pairs, folder, fresh: bool, benchmark: list[dict], limit) 
     model, tokenizer = ours = load_policy(profile, adapter=folder / "sft" / "adapter")
     train_dpo(*ours, train, profile, folder / "dpo", fresh=fresh)
     seconds = time.perf_counter() - start
-    states = {
-        "DPO": nullcontext,
-        "SFT": partial(as_reference, model),
-        "base": model.disable_adapter,
+
+    table = evaluate.preference_table(*ours, held_out, profile)
+    usable = held_out.select(table["row"] - 1)
+    prompts, size = usable["prompt"], {"max_new_tokens": profile.max_new_tokens}
+    draw = partial(evaluate.sample_ids, *ours, prompts[:64], seed=profile.seed, **size)
+    answer = partial(evaluate.sample, *ours, prompts[:5], temperature=0, **size)
+    rows, near = unseen(benchmark, train, limit) if benchmark else ([], [])
+    choose = partial(multiple_choice, *ours, rows) if rows else dict
+    drawn, answers, choices = draw(), answer(), {"DPO": choose()}
+    with as_reference(model):
+        drawn_by_sft, choices["SFT"] = draw(), choose()
+    with model.disable_adapter():
+        base = evaluate.preference_table(*ours, held_out, profile)
+        base_answers, choices["base"] = answer(), choose()
+
+    accuracies = {
+        "DPO, implicit reward": evaluate.wins(table["margins"], 0),
+        "DPO, raw log-prob": evaluate.wins(table["policy_chosen"], table["policy_rejected"]),
+        "SFT, raw log-prob": evaluate.wins(table["ref_chosen"], table["ref_rejected"]),
+        "base, raw log-prob": evaluate.wins(base["policy_chosen"], base["policy_rejected"]),
+    } | evaluate.surface_baselines(train, usable)
+    nats = {
+        MARGINS: table["margins"],
+        "chosen log-ratio (nats)": table["chosen_rewards"] / profile.beta,
+        "rejected log-ratio (nats)": table["rejected_rewards"] / profile.beta,
     }
-
-    def of_each(measure, *args, **options):
-        out = {}
-        for who, state in states.items():
-            with state():
-                out[who] = measure(*ours, *args, **options)
-        return out
-
-    tables = of_each(evaluate.preference_table, held_out, profile)
-    table, usable = tables["DPO"], held_out.select(tables["DPO"]["row"] - 1)
-    hits = {"DPO, implicit reward": evaluate.wins(table["margins"], 0)}
-    for who, logps in tables.items():
-        sides = logps["policy_chosen"], logps["policy_rejected"]
-        hits[f"{who}, raw log-prob"] = evaluate.wins(*sides)
-    hits |= evaluate.surface_baselines(train, usable)
-    nats = {MARGINS: table["margins"]}
-    for side in ("chosen", "rejected"):
-        nats[f"{side} log-ratio (nats)"] = table[f"{side}_rewards"] / profile.beta
-    prompts, options = usable["prompt"], {"max_new_tokens": profile.max_new_tokens}
-    drawn = of_each(evaluate.sample_ids, prompts[:64], seed=profile.seed, **options)
-    kl = evaluate.sampled_kl(*ours, drawn["DPO"], batch=4)["full"]
-    samples = {"KL to the reference (nats per answer)": kl}
-    for who in ("SFT", "DPO"):
-        samples[f"tokens of a sample, {who}"] = [len(answer) for _, answer in drawn[who]]
-    greedy = of_each(evaluate.sample, prompts[:5], temperature=0, **options)
-    names = [plain_text(prompt) for prompt in prompts]
-    texts = zip(names, greedy["base"], greedy["DPO"], strict=False)
-
-    rows, counts = unseen(benchmark, train, limit) if benchmark else ([], {})
+    samples = {
+        "KL to the reference (nats per answer)": evaluate.sampled_kl(*ours, drawn, batch=4)["full"],
+        "tokens of a sample, SFT": [len(ids) for _, ids in drawn_by_sft],
+        "tokens of a sample, DPO": [len(ids) for _, ids in drawn],
+    }
+    names, counts = [*map(plain_text, prompts)], {"questions": len(rows), "left out": len(near)}
+    texts = zip(names, base_answers, answers, strict=False)
     return {
-        "accuracies": pd.DataFrame(hits, index=names),
-        "nats": pd.DataFrame(nats, index=names),
-        "samples drawn": pd.DataFrame(samples, index=names[:64]),
-        "multiple choice": counts | of_each(multiple_choice, rows) if rows else None,
+        "accuracies": pd.DataFrame(accuracies, names),
+        "nats": pd.DataFrame(nats, names),
+        "samples drawn": pd.DataFrame(samples, names[:64]),
+        "multiple choice": counts | choices if rows else None,
         "seconds": seconds,
         "samples": [{"prompt": p, "base": b, "DPO": a} for p, (b,), (a,) in texts],
     }
 
 
-def unseen(benchmark: list[dict], train, limit: int | None) -> tuple[list[dict], dict]:
-    """Rows of the benchmark that no training pair is near, at most `limit` of them; and counts."""
-    trained = [f"{plain_text(row['prompt'])} {plain_text(row['chosen'])}" for row in train]
-    near = overlap(trained, [f"{row['question']} {row['best']}" for row in benchmark])
-    seen = {row["benchmark"] for row in near}
-    rows = [row for i, row in enumerate(benchmark, start=1) if i not in seen]
-    rows = random.Random(0).sample(rows, min(limit or len(rows), len(rows)))
-    return rows, {"questions": len(rows), "left out": len(near)}
+def peak_memory() -> float | None:
+    """GiB at most, of the GPU if there is one, else of the process; None on Windows."""
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated() / 2**30
+    if sys.platform == "win32":
+        return None
+    from resource import RUSAGE_SELF, getrusage  # Windows does not have it
+
+    return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
 
 def summarise(runs) -> dict:
@@ -127,20 +122,16 @@ def summarise(runs) -> dict:
 
     A prompt that several seeds held out is resampled as one.
     """
-    summary, kinds = {}, ("accuracies", "nats", "samples drawn")
+    kinds = ("accuracies", "nats", "samples drawn")
     pooled = {kind: pd.concat([run[kind] for run in runs]) for kind in kinds}
-    for kind, table in pooled.items():
-        columns = table.items()
-        summary[kind] = {name: evaluate.bootstrap(x, groups=table.index) for name, x in columns}
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-    else:
-        peak = resource and resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    return summary | {
+    return {
+        kind: {name: evaluate.bootstrap(x, groups=table.index) for name, x in table.items()}
+        for kind, table in pooled.items()
+    } | {
         "calibration": evaluate.calibration(pooled["nats"][MARGINS]),
         "multiple choice": runs[0]["multiple choice"],
         "seconds by seed": [run["seconds"] for run in runs],
-        "peak memory GiB": peak,
+        "peak memory GiB": peak_memory(),
         "samples": runs[0]["samples"],
     }
 
@@ -153,16 +144,16 @@ def markdown(summary) -> str:
         lines.append(f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |")
     scores = "Brier {brier:.3f}, expected calibration error {ece:.3f}"
     lines.append(f"\nCalibration of σ(margin): {scores.format(**summary['calibration'])}.")
-    if choice := summary["multiple choice"]:
+    if found := summary["multiple choice"]:
         cells = [(who, task) for who in ("base", "SFT", "DPO") for task in ("mc1", "mc2")]
-        shown = ["{} {} {:.3f} ± {:.3f}".format(*cell, *choice[cell[0]][cell[1]]) for cell in cells]
-        left_out = f"after {choice['left out']} near a training pair were left out"
-        what = f"TruthfulQA ({choice['questions']} questions, {left_out}; ± one standard error)"
-        lines.append(f"\n{what}: {', '.join(shown)}.")
-    seconds = ", ".join(f"{s:.0f}" for s in summary["seconds by seed"])
-    memory = summary["peak memory GiB"]
-    peak = f"peak memory {memory:.1f} GiB" if memory else "peak memory not measured on Windows"
-    return "\n".join([*lines, f"\nSeconds per seed: {seconds}; {peak}."])
+        shown = ", ".join("{} {} {:.3f} ± {:.3f}".format(*c, *found[c[0]][c[1]]) for c in cells)
+        left_out = f"after {found['left out']} near a training pair were left out"
+        what = f"TruthfulQA ({found['questions']} questions, {left_out}; ± one standard error)"
+        lines.append(f"\n{what}: {shown}.")
+    seconds, memory = summary["seconds by seed"], summary["peak memory GiB"]
+    peak = f"{memory:.1f} GiB" if memory else "not measured on Windows"
+    costs = f"Seconds per seed: {', '.join(f'{s:.0f}' for s in seconds)}; peak memory {peak}."
+    return "\n".join([*lines, f"\n{costs}"])
 
 
 def main(argv=None) -> None:
@@ -178,25 +169,22 @@ def main(argv=None) -> None:
     parser.add_argument("--fresh", action="store_true", help="train again what is under runs/")
     args = parser.parse_args(argv)
     base = load_profile(args.profile, **({"dataset": args.data} if args.data else {}))
-    columns = dict(args.column) or None
-    pairs = load_preferences(base.dataset, columns=columns, revision=base.dataset_revision)
+    columns, pin = dict(args.column) or None, base.dataset_revision
+    pairs = load_preferences(base.dataset, columns=columns, revision=pin)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
-    questions, runs = read_truthfulqa(args.benchmark) if args.benchmark else [], []
+    benchmark, runs = read_truthfulqa(args.benchmark) if args.benchmark else [], []
     for seed in range(args.seeds):
         profile, folder = replace(base, seed=seed), run_directory(base) / args.name / f"seed{seed}"
-        asked = questions if seed == 0 else []
-        runs.append(run_once(profile, pairs, folder, args.fresh, asked, args.limit))
-    summary = summarise(runs)
-    figure, (left, right) = plots.plt.subplots(
-        1, 2, figsize=(10.5, 3.4), layout="constrained", width_ratios=(1.4, 1)
-    )
+        runs.append(run_once(profile, pairs, folder, args.fresh, benchmark, args.limit))
+        benchmark = []
+    summary, shape = summarise(runs), {"figsize": (10.5, 3.4), "width_ratios": (1.4, 1)}
+    figure, (left, right) = plots.plt.subplots(1, 2, layout="constrained", **shape)
     plots.interval_bars(summary["accuracies"], left, "held-out accuracy", marks=[(0.5, "chance")])
     plots.margin_histogram(pd.concat([run["nats"][MARGINS] for run in runs]), right)
     figure.suptitle(f"{base.name}: {args.name}")
     plots.save_figure(figure, f"{base.name}_{args.name}", summary)
-    print(
-        markdown(summary), json.dumps(summary["samples"], indent=1, ensure_ascii=False), sep="\n\n"
-    )
+    samples = json.dumps(summary["samples"], indent=1, ensure_ascii=False)
+    print(markdown(summary), samples, sep="\n\n")
 
 
 if __name__ == "__main__":

@@ -1,12 +1,13 @@
 """TruthfulQA's multiple choice, scored by lm-eval; and was the benchmark in the training data?"""
 
+import random
 import re
 
 import pandas as pd
 from datasets import Dataset
 from sklearn.feature_extraction.text import TfidfVectorizer
 
-from dpo_utils.data import fold
+from dpo_utils.data import fold, plain_text
 from dpo_utils.evaluate import mean_and_error
 
 COMMON = set(
@@ -35,25 +36,30 @@ def words(text: str) -> list[str]:
     return [re.sub(r"(ing|ed|es|s)$", "", word) or word for word in found if word not in COMMON]
 
 
-def overlap(trained, benchmark, threshold: float = 0.3) -> list[dict]:
+def overlap(trained, benchmark, threshold: float = 0.3) -> pd.DataFrame:
     """Texts of a benchmark (question and answer) that are near a training text, nearest first.
 
-    Rows: benchmark and trained (1-based numbers), similarity (the cosine of TF-IDF over `words`, 1
-    for equal texts) and the two texts. It sees words, not meaning: it misses some.
+    The index counts the benchmark's texts from 0. Columns: similarity (the cosine of TF-IDF over
+    `words`, 1 for equal texts), benchmark, trained. It sees words, not meaning: it misses some.
     """
-    trained, benchmark = list(trained), list(benchmark)
     tfidf = TfidfVectorizer(sublinear_tf=True, tokenizer=words, token_pattern=None, lowercase=False)
-    tfidf.fit(trained + benchmark)
+    tfidf.fit([*trained, *benchmark])
     cosines = (tfidf.transform(benchmark) @ tfidf.transform(trained).T).toarray()
-    nearest = [(float(row.max()), i, int(row.argmax())) for i, row in enumerate(cosines)]
-    return [
-        {"benchmark": i + 1, "trained": j + 1, "similarity": s, "texts": (benchmark[i], trained[j])}
-        for s, i, j in sorted(nearest, key=lambda row: -row[0])
-        if s >= threshold
-    ]
+    columns = {"similarity": cosines.max(1), "benchmark": benchmark}
+    columns["trained"] = [trained[i] for i in cosines.argmax(1)]
+    near = pd.DataFrame(columns).query("similarity >= @threshold")
+    return near.sort_values("similarity", ascending=False, kind="stable")
 
 
-def multiple_choice(model, tokenizer, rows=None, limit=None, batch: int = 16) -> dict:
+def unseen(benchmark: list[dict], train, limit: int | None = None):
+    """(rows of the benchmark that no training pair is near, at most `limit`; `overlap` of all)."""
+    trained = [f"{plain_text(row['prompt'])} {plain_text(row['chosen'])}" for row in train]
+    near = overlap(trained, [f"{row['question']} {row['best']}" for row in benchmark])
+    rows = [row for i, row in enumerate(benchmark) if i not in near.index]
+    return random.Random(0).sample(rows, min(limit or len(rows), len(rows))), near
+
+
+def multiple_choice(model, tokenizer, rows=None, limit=None) -> dict:
     """{"mc1": (accuracy, standard error), "mc2": ...} of the model as it is, by lm-eval, zero-shot.
 
     mc1: is the best answer the most probable? mc2: the correct answers' share of probability (Lin
@@ -81,7 +87,7 @@ def multiple_choice(model, tokenizer, rows=None, limit=None, batch: int = 16) ->
     folder = f"{tasks.__path__[0]}/truthfulqa"  # these alone: to index all tasks takes long
     options["task_manager"] = tasks.TaskManager(include_path=folder, include_defaults=False)
     was_training = model.training
-    judge = HFLM(model.eval(), tokenizer=tokenizer, batch_size=batch, max_length=2048)
+    judge = HFLM(model.eval(), tokenizer=tokenizer, batch_size=16, max_length=2048)
     found = simple_evaluate(judge, **options)["samples"]
     model.train(was_training)
     return {name[-3:]: mean_and_error([row["acc"] for row in found[name]]) for name in found}
