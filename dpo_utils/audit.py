@@ -93,7 +93,7 @@ def audit(dataset, tokenizer=None, max_length=None, held_out=None, columns=None)
             dropped.setdefault(row.bad.reason, []).append(row.number)
     sizes = {"characters": [list(map(len, text)) for text in texts], "tokens": tokens}
     tables = {unit: pandas.DataFrame(size, columns=SIDES) for unit, size in sizes.items() if size}
-    lengths = {u: t.describe([0.5, 0.95]).round(2).to_dict() for u, t in tables.items()}
+    lengths = {u: t.describe([0.5, 0.95]).drop("std").round(2).to_dict() for u, t in tables.items()}
     length_only = {u: (1 + np.sign(t.chosen - t.rejected).mean()) / 2 for u, t in tables.items()}
     counts = len(rows), numbers.nunique(), len(pairs), len(set(keys))
     return AuditReport(source, *counts, dropped, noted, lengths, length_only, unchecked)

@@ -30,11 +30,11 @@ def load_preferences(source, *, on_error="raise", quarantine=None, **reading) ->
     if faults and on_error != "skip":
         row, bad = faults[0], faults[0].bad
         line = f" (line {row.line})" if row.line else ""
-        place = f"row {row.number}{line}" + (f", column {bad.column!r}" if bad.column else "")
-        problem = f"{bad.reason}, found {bad.found}"
-        remedy = f"{REMEDIES.get(bad.reason, 'Correct or remove it')}; {len(faults)} of {len(rows)}"
-        skip = 'rows are bad. on_error="skip" sets them aside'
-        raise PreferenceDataError(f"{name}, {place}: {problem}. {remedy} {skip}")
+        column = f", column {bad.column!r}" if bad.column else ""
+        problem = f"row {row.number}{line}{column}: {bad.reason}, found {bad.found}"
+        remedy = REMEDIES.get(bad.reason, "Correct or remove it")
+        others = f'{len(faults)} bad of {len(rows)} rows. on_error="skip" sets them aside'
+        raise PreferenceDataError(f"{name}, {problem}. {remedy}; {others}")
     if counts := Counter(row.bad.reason for row in rows if row.bad):
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
         kept = f"{len(rows) - counts.total()} kept, {counts.total()} dropped ({reasons})"
@@ -90,12 +90,11 @@ def column_name(text: str) -> tuple[str, str]:
 
 def columns_asked_for() -> dict | None:
     """`DPO_COLUMNS` (prompt=Question,chosen=Good) as our names -> the file's; None if not set."""
-    named = os.environ.get("DPO_COLUMNS")
-    return dict(map(column_name, named.split(","))) if named else None
+    return dict(column_name(c) for c in os.environ.get("DPO_COLUMNS", "").split(",") if c) or None
 
 
 def training_data(stage: str, profile: Profile, **options):
-    """(train, held out): the profile's pairs split by prompt; for "sft" demonstrations and None.
+    """(train, held out) pairs, split by prompt; for "sft" (demonstrations, None).
 
     options of `load_preferences`; columns are those of `DPO_COLUMNS` unless given.
     """

@@ -18,8 +18,8 @@ import torch
 from dpo_utils.checkpoints import write_file
 from dpo_utils.data import fold, load_preferences
 from dpo_utils.evaluate import bootstrap
-from dpo_utils.exercises.widgets import live
 from dpo_utils.logps import plain_logps
+from dpo_utils.plots import live
 from dpo_utils.tokens import encode_completion, encode_prompt
 
 SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}

@@ -2,10 +2,12 @@
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
 import numpy as np
+from IPython import get_ipython
 from IPython.display import display
 
 from dpo_utils.profiles import repository_root
@@ -76,6 +78,13 @@ def training_panel(history):
     margin.set_ylabel("reward margin (beta × nats)")
     accuracy.set(ylabel="accuracy (share of pairs)", ylim=(-0.02, 1.05))
     return figure
+
+
+def live():
+    """Whether someone sits in front of Jupyter, VS Code or Colab; never if DPO_STATIC=1."""
+    in_code = "__vsc_ipynb_file__" in getattr(get_ipython(), "user_ns", {})
+    someone = in_code or "google.colab" in sys.modules or bool(os.environ.get("JPY_SESSION_NAME"))
+    return someone and os.environ.get("DPO_STATIC") != "1"
 
 
 class LiveMargins:

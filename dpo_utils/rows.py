@@ -20,7 +20,7 @@ REMEDIES = {  # why a row cannot be used -> what to do about it, where it takes 
     "not a transcript": "Name the column of the prompt, or open the text with \\n\\nHuman:",
     "missing score": "Give each response a number, or a winner: model_a, model_b, tie",
 }
-BUNDLED = {path.stem: path for path in ASSETS.glob("*.jsonl")}
+BUNDLED = {path.stem: path for path in sorted(ASSETS.glob("*.jsonl"))}
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 HUB_REMEDY = "Connect once, use a local file, another split=, or revision='refs/convert/parquet'"
 
@@ -61,8 +61,8 @@ def read_file(path: Path) -> Iterator[Row]:
             if len(set(names := reader.fieldnames or [])) < len(names):
                 raise ValueError(f"two columns have one name in {names}")
             for values in reader:
-                extra = BadRow("broken row", None, {None: values.get(None)})
-                yield Row(values, reader.line_num, extra if None in values else None)
+                bad = BadRow("too many cells", None, values[None]) if None in values else None
+                yield Row(values, reader.line_num, bad)
         elif suffix == ".json":
             data = json.load(file)
             rows = data.get("data") if isinstance(data, dict) else data
@@ -85,10 +85,10 @@ def read_rows(source, tiny, split: str, revision: str | None) -> tuple[str, list
     is_file = path.is_file() and path.suffix.lower() in SUFFIXES
     on_hub = not path.is_file() and path.suffix not in SUFFIXES and name.count("/") == 1
     if not (is_file or on_hub or name in ("tiny", "rows in memory")):
-        usable = (
-            f"a {', '.join(SUFFIXES)} file, a hub id (owner/name), {', '.join(BUNDLED)} or tiny"
+        kinds = (
+            f"of a known kind ({' '.join(SUFFIXES)}), hub id (owner/name) or {'/'.join(BUNDLED)}"
         )
-        raise PreferenceDataError(f"{name}: no such file, seen from {Path.cwd()}. Give {usable}")
+        raise PreferenceDataError(f"{name}: no such file {kinds}, seen from {Path.cwd()}. Name one")
     if split != "train" and not (on_hub or name == "tiny"):
         raise PreferenceDataError(f"{name}: no split {split!r}, only 'train'. Use split_by_prompt")
     rows, remedy = [], HUB_REMEDY if on_hub else "Correct the file; one object a line is .jsonl"

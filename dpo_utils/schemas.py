@@ -59,7 +59,8 @@ def check_text(text: object, column: str) -> None:
 def messages(value: object) -> list[dict]:
     """A list of {"role", "content"} without other keys; [] for anything else."""
     try:
-        return [{"role": turn["role"], "content": turn["content"]} for turn in value]
+        turns = value if isinstance(value, list) else []
+        return [{"role": turn["role"], "content": turn["content"]} for turn in turns]
     except (TypeError, KeyError):
         return []
 
@@ -187,6 +188,8 @@ def read_pairs(source, kind=PREFERENCES, columns=None, keep=(), split="train", r
     for row in records:
         kept = {column: row.values.get(column) for column in keep}
         try:
+            for column in [n for n in keep if isinstance(kept[n], str) and kept[n].strip()]:
+                check_text(kept[column], column)
             row.pairs = [checked(pair) | kept for pair in pairs_of(row.values, columns, *schema)]
         except BadRow as bad:
             row.bad, bad.column = bad, columns.get(bad.column, bad.column)

@@ -2,17 +2,14 @@
 
 import json
 import math
-import os
 import random
-import subprocess
-import sys
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
 from dpo_utils.audit import audit, main
-from dpo_utils.data import PreferenceDataError, load_preferences
+from dpo_utils.data import PreferenceDataError
 
 
 def pair(prompt, chosen, rejected):
@@ -41,8 +38,6 @@ DIRTY = [  # one fault a row, and the name under which it is counted
 ROWS = [row for row, _ in DIRTY]
 GOOD = ROWS[:3]
 HELD_OUT = [pair("what is HELD out?", "x", "y")]
-OWN = "Question,Best Answer,Worst\nWhy?,So.,No.\n"
-MAPPED = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Worst"}
 
 
 @pytest.fixture(scope="module")
@@ -62,41 +57,31 @@ def found(report) -> dict[str, list[int]]:
 
 def test_every_finding_has_its_rows_in_the_report_and_the_table():
     report = audit(ROWS, held_out=HELD_OUT)
-    expected = {}
-    for number, (_, name) in enumerate(DIRTY, 1):
-        if name:
-            expected.setdefault(name, []).append(number)
-    assert found(report) == expected
+    every = [(name, n) for n, (_, name) in enumerate(DIRTY, 1) if name]
+    assert sorted((name, n) for name, rows in found(report).items() for n in rows) == sorted(every)
     assert (report.rows, report.kept, report.pairs, report.prompts) == (17, 9, 9, 7)
-    lines = str(report).splitlines()
-    first = "rows in memory: 17 rows read = 9 kept + 8 dropped; 9 pairs on 7 prompts"
-    assert (
-        lines[0] == first and lines[1] == "  dropped missing value                    2  rows 5, 6"
-    )
-    many = audit([GOOD[0]] * 9).noted["duplicate pair"], str(audit([GOOD[0]] * 9))
-    assert many[0] == [*range(1, 10)] and "rows 1, 2, 3, 4, 5, 6, 7, 8 ..." in many[1]
+    total, *lines = str(report).splitlines()
+    assert total == "rows in memory: 17 rows read = 9 kept + 8 dropped; 9 pairs on 7 prompts"
+    assert lines[1].split() == "dropped missing value 2 rows 5, 6".split()
+    assert "9  rows 1, 2, 3, 4, 5, 6, 7, 8 ..." in str(audit([GOOD[0]] * 9))
 
 
 def test_lengths_and_the_length_only_baseline_by_hand():
     report = audit(GOOD)
     assert report.length_only == {"characters": 0.5}  # (1 + 0 + 1/2) / 3
-    lengths = report.lengths["characters"]
-    assert lengths["chosen"] == {"min": 1, "median": 2, "mean": 2.33, "p95": 3.8, "max": 4}
-    assert lengths["rejected"]["mean"] == 2.33 and lengths["prompt"]["max"] == 14
-    assert audit(GOOD[:1]).length_only["characters"] == 1
-    last = "  characters: the longer answer is the chosen one in 0.500 of the pairs"
-    assert str(report).splitlines()[-1] == last
-    sides = (("user", "Why?"), ("assistant", "So."), ("assistant", "No!!"))
-    talk = pair(*([{"role": role, "content": text}] for role, text in sides))
-    assert [side["max"] for side in audit([talk]).lengths["characters"].values()] == [4, 3, 4]
+    by_hand = {"count": 3, "mean": 2.33, "min": 1, "50%": 2, "95%": 3.8, "max": 4}
+    assert report.lengths["characters"]["chosen"] == by_hand
+    assert str(report).endswith("the longer answer is the chosen one in 0.500 of the pairs")
+    said = [[{"role": r, "content": "Why"}] for r in ("user", "assistant")]
+    talk = pair(*said, [{"role": "assistant", "content": "No!!"}])
+    assert [side["max"] for side in audit([talk]).lengths["characters"].values()] == [3, 3, 4]
 
 
 def test_ranked_rows_count_missing_and_tied_scores():
     scores = [[3, 2, 1], [2, 2, 1], [1, 1, 1], [1, None, 2], [1, 2]]
     rows = [{"prompt": f"{s}?", "responses": ["a", "b", "c"], "scores": s} for s in scores]
-    report = audit(rows)
     expected = {"tied scores": [3], "missing score": [4, 5], "some scores tied": [2]}
-    assert found(report) == expected and (report.kept, report.pairs) == (2, 5)
+    assert found(report := audit(rows)) == expected and (report.kept, report.pairs) == (2, 5)
 
 
 def test_tokens_are_counted_apart_from_text(tokenizer):
@@ -110,119 +95,75 @@ def test_tokens_are_counted_apart_from_text(tokenizer):
         ("yes yes", "no"),  # 11 with EOS: just fits
     ]
     rows = [pair("What is one?", *sides) for sides in answers]
-    long = pair("What is one? two two two", "yes", "no")  # 11: no room for an answer
-    report = audit([*rows, long], tokenizer, max_length=11)
-    assert found(report) == {
-        "identical tokens": [2],
-        "identical after truncation": [3],
-        "completion cut": [4],
-        "end-of-text marker": [5],
-        "prompt too long": [7],
-    }
-    assert (report.kept, report.rows, report.length_only["tokens"]) == (3, 7, 2.5 / 3)
-    assert report.lengths["tokens"]["prompt"] == dict.fromkeys("min median mean p95 max".split(), 8)
-    assert report.lengths["tokens"]["chosen"]["max"] == 5
+    rows.append(pair("What is one? two two two", "yes", "no"))  # 11: no room for an answer
+    report = audit(rows, tokenizer, max_length=11)
+    expected = {"identical tokens": [2], "identical after truncation": [3], "completion cut": [4]}
+    assert found(report) == expected | {"end-of-text marker": [5], "prompt too long": [7]}
+    assert (report.kept, report.rows, report.length_only["tokens"]) == (3, 7, pytest.approx(5 / 6))
+    assert [side["max"] for side in report.lengths["tokens"].values()] == [8, 5, 2]
 
 
-def test_a_ranked_row_is_dropped_only_when_no_pair_is_left(tokenizer):
+def test_a_row_is_kept_while_one_pair_is_left_and_nothing_is_cut_without_max_length(tokenizer):
     row = {"prompt": "one?", "responses": ["yes", "strange", "unknown"], "scores": [3, 2, 1]}
-    report = audit([row], tokenizer)
-    assert (report.kept, report.pairs, found(report)) == (1, 2, {})
-
-
-def test_without_max_length_nothing_is_cut(tokenizer):
-    report = audit([pair("What is one?", "yes " * 5000, "no")], tokenizer)
+    assert found(report := audit([row], tokenizer)) == {} and (report.kept, report.pairs) == (1, 2)
+    report = audit([pair("What is one?", "yes " * 5000, "no")], tokenizer)  # nothing is cut
     assert found(report) == {} and report.lengths["tokens"]["chosen"]["max"] == 5001
 
 
 def test_what_is_not_checked_is_not_called_clean(tokenizer):
     truncation = ["prompt too long", "identical after truncation", "completion cut"]
     for options, unchecked in [
-        ({}, ["identical tokens", *truncation, "prompt also held out"]),
-        ({"tokenizer": tokenizer, "held_out": HELD_OUT}, truncation),
-        ({"tokenizer": tokenizer, "max_length": 50, "held_out": HELD_OUT}, []),
+        ((), ["identical tokens", *truncation, "prompt also held out"]),
+        ((tokenizer, None, HELD_OUT), truncation),
+        ((tokenizer, 50, HELD_OUT), []),
     ]:
-        report = audit(GOOD, **options)
+        report = audit(GOOD, *options)
         assert sorted(report.unchecked) == sorted(unchecked)
         assert not set(unchecked) & {*report.dropped, *report.noted}
-        assert str(report).count("(needs") == len(unchecked)
+        assert ("not checked for want of arguments" in str(report)) is bool(unchecked)
 
 
-def random_rows(seed: int) -> list[dict]:
-    """Rows from a small alphabet, so that every kind of fault and repeat comes up."""
-    rng = random.Random(seed)
-    answers = ["yes", "no", "YES", " yes ", "one two", "two one yes", "strange", "", None, 3]
-    answers += ["it</s>", "a\0"]
-    prompts = ["What is one?", "what is ONE?", "What is two?", "two two two two", "", None]
-    return [pair(rng.choice(prompts), rng.choice(answers), rng.choice(answers)) for _ in range(60)]
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_kept_and_dropped_are_all_rows_in_any_order(tokenizer, seed):
-    rows, held_out = random_rows(seed), [pair("WHAT is two?", "a", "b")]
-    order = random.Random(seed).sample(range(60), 60)
-    report = audit(rows, tokenizer, 9, held_out)
-    shuffled = audit([rows[i] for i in order], tokenizer, 9, held_out)
+def test_kept_and_dropped_are_all_rows_in_any_order(tokenizer):
+    order = random.Random(0).sample(range(len(ROWS)), len(ROWS))
+    report = audit(ROWS, tokenizer, 9, HELD_OUT)
+    shuffled = audit([ROWS[i] for i in order], tokenizer, 9, HELD_OUT)
     dropped = [row for numbers in report.dropped.values() for row in numbers]
-    assert len(dropped) == len(set(dropped)) == 60 - report.kept and len(found(report)) >= 8
-    back = {
-        name: sorted(order[row - 1] + 1 for row in rows) for name, rows in found(shuffled).items()
-    }
-    assert back == found(report)
-    for field in ("kept", "pairs", "prompts", "lengths", "length_only"):
-        assert getattr(shuffled, field) == getattr(report, field)
-
-
-def test_the_audit_agrees_with_the_loader(tmp_path):
-    loaded = load_preferences(ROWS, on_error="skip", quarantine=tmp_path / "q.jsonl")
-    aside = [json.loads(line) for line in (tmp_path / "q.jsonl").read_text().splitlines()]
-    report = audit(ROWS)
-    assert len(loaded) == report.pairs
-    dropped = {(name, row) for name, numbers in report.dropped.items() for row in numbers}
-    assert {(record["reason"], record["row"]) for record in aside} == dropped
-    notes = {"duplicate pair", "conflicting pair", "end-of-text marker"}
-    assert found(audit(loaded)).keys() == notes
+    assert len(dropped) == len(set(dropped)) == len(ROWS) - report.kept
+    back = {name: sorted(order[row - 1] + 1 for row in n) for name, n in found(shuffled).items()}
+    assert back == found(report) and shuffled.lengths == report.lengths
 
 
 def test_what_cannot_be_used_is_reported_and_only_an_empty_set_is_refused(tmp_path):
     path = tmp_path / "dirty.jsonl"
     path.write_bytes(json.dumps(GOOD[0]).encode() + b'\n{"prompt"\n{"prompt": "Tr\xe9"}\n[1]\n')
-    expected = {"broken row": [2], "missing value": [3], "wrong type": [4]}
+    expected = {"broken row": [2], "invalid UTF-8": [3], "not an object": [4]}
     assert found(audit(path)) == expected and audit(path).kept == 1
     report = audit([pair("Why?", None, "b")])
     assert (report.kept, report.lengths, report.length_only) == (0, {}, {})
-    assert "1 dropped" in str(report) and audit(["text"]).dropped["wrong type"] == [1]
+    assert audit(["text"]).dropped == {"not an object": [1]}
     with pytest.raises(PreferenceDataError, match="it holds no rows"):
         audit([])
 
 
-def test_the_file_and_the_held_out_set_may_name_their_columns_differently(tmp_path):
-    path = tmp_path / "own.csv"
-    path.write_text(OWN)
-    report = audit(path, held_out=[pair("WHY?", "x", "y")], columns=MAPPED)
-    assert report.noted["prompt also held out"] == [1]
-    assert audit(path, held_out=path, columns=MAPPED).noted["prompt also held out"] == [1]
-
-
 def test_the_command_names_columns_and_ends_with_2_where_it_cannot_read(tmp_path, capsys):
     path = tmp_path / "own.csv"
-    path.write_text(OWN)
-    assert main([str(path), *(f"--column={ours}={own}" for ours, own in MAPPED.items())]) == 0
+    path.write_text("Question,Best Answer,Worst\nWhy?,So.,No.\n")
+    own = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Worst"}
+    for held_out in ([pair("WHY?", "x", "y")], path):  # the mapping is for files
+        report = audit(path, held_out=held_out, columns=own)
+        assert report.noted["prompt also held out"] == [1]
+    main([str(path), *(f"--column={ours}={theirs}" for ours, theirs in own.items())])
     assert "1 rows read = 1 kept" in capsys.readouterr().out
     for file, told in ((path, "columns={'prompt': 'your name for it'"), ("no.csv", "no such file")):
-        assert main([str(file)]) == 2
-        captured = capsys.readouterr()
-        assert captured.out == "" and captured.err.count("\n") == 1 and told in captured.err
+        with pytest.raises(SystemExit, match="2"):
+            main([str(file)])
+        out, err = capsys.readouterr()
+        assert out == "" and err.count("\n") == 1 and told in err
 
 
-def test_the_command_prints_the_same_json_under_any_hash_seed(tmp_path):
+def test_the_command_prints_the_report_as_json(tmp_path, capsys):
     path = tmp_path / "dirty.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in random_rows(0)))
-    command, outputs = [sys.executable, "-m", "dpo_utils.audit", str(path), "--json"], set()
-    for seed in ("1", "2"):
-        environment = os.environ | {"PYTHONHASHSEED": seed}
-        outputs.add(subprocess.check_output(command, env=environment, text=True))
-    assert len(outputs) == 1
-    report = json.loads(outputs.pop())
-    dropped = sum(part["count"] for part in report["dropped"].values())
-    assert report["rows"] == 60 == report["kept"] + dropped
+    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
+    main([str(path), "--json"])
+    report = json.loads(capsys.readouterr().out)
+    assert report["dropped"]["missing value"] == {"count": 2, "rows": [5, 6]}

@@ -3,15 +3,15 @@
 import csv
 import json
 import math
-import os
 import random
+import re
 from pathlib import Path
 
 import pyarrow.parquet
 import pytest
 from datasets import Dataset
 
-from dpo_utils import data, rows
+from dpo_utils import rows
 from dpo_utils.data import (
     PreferenceDataError,
     fold,
@@ -19,6 +19,7 @@ from dpo_utils.data import (
     load_preferences,
     prompt_key,
     split_by_prompt,
+    training_data,
 )
 from dpo_utils.profiles import load_profile
 
@@ -39,16 +40,15 @@ def assistant(text):
 TALK = {"prompt": [user("Hi")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
 
 
-def write_jsonl(path: Path, records) -> Path:
-    path.write_text("".join(json.dumps(record) + "\n" for record in records), encoding="utf-8")
-    return path
-
-
-def write_csv(path: Path, records) -> Path:
+def write(path: Path, records) -> Path:
+    """A .jsonl or .csv file of the records."""
     with path.open("w", encoding="utf-8", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(records[0]))
-        writer.writeheader()
-        writer.writerows(records)
+        if path.suffix == ".csv":
+            writer = csv.DictWriter(file, fieldnames=list(records[0]))
+            writer.writeheader()
+            writer.writerows(records)
+        else:
+            file.writelines(json.dumps(record) + "\n" for record in records)
     return path
 
 
@@ -60,29 +60,23 @@ def refused(source, load=load_preferences, **options) -> str:
     return str(error.value)
 
 
-# ---- sources ----
-
-
 def test_json_jsonl_csv_and_parquet_give_the_same_rows(tmp_path):
     (tmp_path / "a.json").write_text(json.dumps(GOOD))
     (tmp_path / "b.json").write_text(json.dumps({"data": GOOD}))
-    write_jsonl(tmp_path / "c.jsonl", GOOD)
-    write_csv(tmp_path / "d.csv", GOOD)
+    write(tmp_path / "c.jsonl", GOOD)
+    write(tmp_path / "d.csv", GOOD)
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(GOOD), tmp_path / "e.parquet")
     for source in (*tmp_path.iterdir(), str(tmp_path / "a.json"), GOOD, Dataset.from_list(GOOD)):
         loaded = load_preferences(source)
         assert loaded.column_names == ["prompt", "chosen", "rejected"] and loaded.to_list() == GOOD
-
-
-def test_a_changed_file_is_read_anew(tmp_path):
-    for rows in (GOOD, GOOD[:2]):
-        assert len(load_preferences(write_jsonl(tmp_path / "a.jsonl", rows))) == len(rows)
+    write(tmp_path / "c.jsonl", GOOD[:2])  # a changed file is read anew
+    assert len(load_preferences(tmp_path / "c.jsonl")) == 2
 
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv", "json"])
 def test_bom_crlf_and_blank_lines_change_nothing(tmp_path, suffix):
     records = [GOOD[0] | {"chosen": "two\nlines"}, *GOOD[1:]]
-    path = (write_csv if suffix == "csv" else write_jsonl)(tmp_path / f"pairs.{suffix}", records)
+    path = write(tmp_path / f"pairs.{suffix}", records)
     if suffix == "json":
         path.write_text(json.dumps(records, indent=1))
     text = path.read_bytes().replace(b"\r\n", b"\n").replace(b"\n", b"\r\n")
@@ -92,30 +86,31 @@ def test_bom_crlf_and_blank_lines_change_nothing(tmp_path, suffix):
 
 @pytest.mark.parametrize("suffix", ["jsonl", "csv"])
 def test_answers_that_look_like_something_else_stay_text(tmp_path, suffix):
-    answers = [("NA", "None"), ("nan", "null"), ("2020-01-01", "1990-12-31"), ("1.0", "true")]
+    answers = [
+        ("NA", "None"),
+        ("nan", "null"),
+        ("2020-01-01", "1990-12-31"),
+        ("1.0", "long " * 40_000),
+    ]
     records = [{"prompt": f"{a}?", "chosen": a, "rejected": b} for a, b in answers]
-    write = write_csv if suffix == "csv" else write_jsonl
     assert load_preferences(write(tmp_path / f"a.{suffix}", records)).to_list() == records
 
 
 def test_columns_maps_a_files_own_names(tmp_path):
     own = {"Question": "Why?", "Best Answer": "So.", "Worst": "No.", "Source": "s"}
-    path = write_csv(tmp_path / "own.csv", [own])
+    path = write(tmp_path / "own.csv", [own])
     mapped = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Worst"}
     expected = [{"prompt": "Why?", "chosen": "So.", "rejected": "No."}]
     assert load_preferences(path, columns=mapped).to_list() == expected
+    write(path, [own | {"Worst": ""}])
+    assert f"{path}, row 1 (line 2), column 'Worst': blank" in refused(path, columns=mapped)
     row = {"prompt": "Why?", "chosen": "No.", "rejected": "x", "better": "So."}
     swapped = {"chosen": "better", "rejected": "chosen"}  # the mapping wins
     assert load_preferences([row], columns=swapped).to_list() == expected
-    write_csv(path, [own | {"Worst": ""}])
-    assert f"{path}, row 1 (line 2), column 'Worst': blank" in refused(path, columns=mapped)
-
-
-def test_columns_win_over_a_schema_of_the_same_file():
     row = {"question": "Why?", "answer_0": "So.", "answer_1": "No.", "score_0": 0, "score_1": 1}
     mapped = {"prompt": "question", "chosen": "answer_0", "rejected": "answer_1"}
-    assert load_preferences([row])["chosen"] == ["No."]
-    assert load_preferences([row], columns=mapped)["chosen"] == ["So."]
+    assert load_preferences([row])["chosen"] == ["No."]  # also over another schema
+    assert load_preferences([row], columns=mapped).to_list() == expected
 
 
 def test_keep_carries_extra_columns():
@@ -136,72 +131,37 @@ def test_bundled_sets_load():
     assert len(load_demonstrations("instructions")) > 100
 
 
-def test_a_hub_id_goes_to_the_hub_with_its_split_and_revision(monkeypatch):
-    asked = []
-
-    def fake(*args, **options):
-        asked.append((args, options))
-        return Dataset.from_list(GOOD)
+@pytest.mark.parametrize("kind", [ConnectionError, ValueError, RuntimeError])
+def test_a_hub_id_goes_to_the_hub_and_what_it_refuses_is_told_in_one_line(monkeypatch, kind):
+    def fake(*asked, **options):
+        raise kind(f"Not there:\n{asked} {options}")
 
     monkeypatch.setattr(rows, "load_dataset", fake)
-    loaded = load_preferences("owner/name", split="train_prefs", revision="a" * 40)
-    assert loaded.to_list() == GOOD
-    assert asked == [(("owner/name",), {"split": "train_prefs", "revision": "a" * 40})]
-
-
-@pytest.mark.parametrize(
-    "error, told",
-    [
-        (ConnectionError("Couldn't reach 'owner/name'"), "use a local file"),
-        (ValueError("Unknown split.\n Should be one of ['train_prefs']."), "pass another split="),
-        (RuntimeError("Dataset scripts are no longer supported"), "refs/convert/parquet"),
-    ],
-)
-def test_what_the_hub_refuses_is_told_in_one_line(monkeypatch, error, told):
-    def fake(*_, **__):
-        raise error
-
-    monkeypatch.setattr(rows, "load_dataset", fake)
-    message = refused("owner/name")
-    assert message.startswith(f"owner/name: cannot be read, {str(error).split()[0]}")
-    assert told in message
+    told = "Not there: ('owner/name',) {'split': 'train_prefs', 'revision': 'abc'}. Connect once"
+    assert told in refused("owner/name", split="train_prefs", revision="abc")
 
 
 def test_sources_that_are_not_there_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "none.jsonl")
     assert "no such file" in refused("data/none.csv")  # though it looks like a hub id
-    assert "Did you mean 'misconceptions'" in refused("misconception")
     (tmp_path / "a.xlsx").write_text("x")
-    assert "unknown suffix '.xlsx'. Give a .json" in refused(tmp_path / "a.xlsx")
+    assert "of a known kind (.json .jsonl .csv .parquet)" in refused(tmp_path / "a.xlsx")
     (tmp_path / "b.parquet").write_text("x")
     assert "b.parquet: cannot be read, " in refused(tmp_path / "b.parquet")
-    assert "Use split_by_prompt" in refused(write_jsonl(tmp_path / "c.jsonl", GOOD), split="test")
-    with pytest.raises(ValueError, match="use 'raise' or 'skip'"):
-        load_preferences(GOOD, on_error="ignore")
+    assert "Use split_by_prompt" in refused(write(tmp_path / "c.jsonl", GOOD), split="test")
 
 
-@pytest.mark.parametrize(
-    "name, text",
-    [("a.json", "[]"), ("b.json", ""), ("c.jsonl", "\n \n"), ("d.csv", ""), ("e.parquet", "")]
-    + [("f.csv", "prompt,chosen,rejected\n")],
-)
-def test_an_empty_file_is_refused(tmp_path, name, text):
-    (tmp_path / name).write_text(text)
-    assert "empty, it holds no rows" in refused(tmp_path / name)
-
-
-# ---- schemas ----
+@pytest.mark.parametrize("name", ["a.json", "b.jsonl", "c.csv", "d.parquet"])
+def test_an_empty_file_is_refused(tmp_path, name):
+    (tmp_path / name).write_text("")
+    assert re.search("no rows|Expecting value|0 bytes", refused(tmp_path / name))
+    (tmp_path / "e.csv").write_text("prompt,chosen,rejected\n")
+    assert "empty, it holds no rows" in refused(tmp_path / "e.csv")
 
 
 def test_truthy_dpo_keeps_system_turns():
-    row = {
-        "id": "0f1",
-        "system": "Be fair.",
-        "prompt": "Is it?",
-        "chosen": "Yes.",
-        "rejected": "No.",
-    }
-    bare = {name: text for name, text in row.items() if name != "system"}
+    bare = {"id": "0f1", "prompt": "Is it?", "chosen": "Yes.", "rejected": "No."}
+    row = bare | {"system": "Be fair."}
     loaded = load_preferences([row, row | {"system": ""}, row | {"system": None}, bare])
     answers = {"chosen": [assistant("Yes.")], "rejected": [assistant("No.")]}
     system = {"role": "system", "content": "Be fair."}
@@ -214,39 +174,31 @@ def test_truthy_dpo_keeps_system_turns():
 def test_hh_rlhf_prompt_is_the_shared_beginning(capsys):
     talk = "\n\nHuman: Hi\n\nAssistant: Hello!\n\nHuman: Help me?\n\nAssistant:"
     early = [f"\n\nHuman: Hi\n\nAssistant: {a}\n\nHuman: Go\n\nAssistant: {a}" for a in "ab"]
-    rows = [
-        {"chosen": talk + " Of course.", "rejected": talk + " No."},
-        {"chosen": early[0], "rejected": early[1]},
-    ]
-    assert load_preferences(rows).to_list() == [
-        {
-            "prompt": [user("Hi"), assistant("Hello!"), user("Help me?")],
-            "chosen": [assistant("Of course.")],
-            "rejected": [assistant("No.")],
-        }
-    ]
-    assert "2 rows read, 1 kept, 1 dropped (1 parted early)" in capsys.readouterr().out
+    rows = [{"chosen": talk + " Of course.", "rejected": talk + " No."}]
+    rows += [{"chosen": early[0], "rejected": early[1]}]
+    expected = {"prompt": [user("Hi"), assistant("Hello!"), user("Help me?")]}
+    expected |= {"chosen": [assistant("Of course.")], "rejected": [assistant("No.")]}
+    assert load_preferences(rows).to_list() == [expected]
+    assert "2 rows read, 1 kept, 1 dropped (1 diverged early)" in capsys.readouterr().out
     assert "identical, found 'No.'" in refused([rows[0] | {"chosen": talk + " No."}])
-    assert "opens with \\n\\nHuman:" in refused([{"chosen": "Yes.", "rejected": "No."}])
+    assert "not a transcript, found 'Yes.'" in refused([{"chosen": "Yes.", "rejected": "No."}])
 
 
-def test_ultrafeedback_messages_and_scores(capsys):
+def test_ultrafeedback_messages_and_scores():
     talks = {side: [user("Why?"), assistant(side)] for side in ("chosen", "rejected")}
     row = {"prompt": "Why?", **talks, "score_chosen": 8.0, "score_rejected": 6.5, "messages": []}
     loaded = load_preferences([row, row | {"score_rejected": 8.0}]).to_list()
     answers = {side: [assistant(side)] for side in ("chosen", "rejected")}
     assert loaded == [{"prompt": [user("Why?")]} | answers]
-    assert "1 tied scores" in capsys.readouterr().out
-    assert "scores contradict, found 6.0 and 6.5" in refused([row | {"score_chosen": 6.0}])
-    assert "'score_chosen': missing score" in refused([row | {"score_chosen": None}])
+    assert "scores contradict, found [6.0, 6.5]" in refused([row | {"score_chosen": 6.0}])
+    assert "missing score, found [None, 6.5]" in refused([row | {"score_chosen": None}])
 
 
 def test_webgpt_prefers_the_higher_score_and_drops_ties(capsys):
     row = {"question": {"id": "q1", "full_text": "Why is the sky blue?"}, "quotes_0": {"title": []}}
     row |= {"answer_0": "Magic.", "score_0": -0.5, "answer_1": "Scattering [1].", "score_1": 0.5}
-    loaded = load_preferences([row, row | {"score_0": 0.0, "score_1": 0.0}]).to_list()
     better = {"prompt": "Why is the sky blue?", "chosen": "Scattering [1].", "rejected": "Magic."}
-    assert loaded == [better]
+    assert load_preferences([row, row | {"score_0": 0.5}]).to_list() == [better]
     assert "2 rows read, 1 kept, 1 dropped (1 tied scores)" in capsys.readouterr().out
 
 
@@ -258,9 +210,8 @@ def test_arena_votes(capsys):
     loaded = load_preferences([row | {"winner": vote} for vote in votes] + [row | longer])
     swapped = {"prompt": [user("Hi")], "chosen": [assistant("B")], "rejected": [assistant("A")]}
     assert loaded.to_list() == [swapped, TALK]
-    assert "3 dropped (1 parted early, 2 tied scores)" in capsys.readouterr().out
-    unknown = refused([row | {"winner": "model_c"}])
-    assert "row 1, column 'winner': unknown label, found 'model_c'" in unknown
+    assert "3 dropped (1 diverged early, 2 tied scores)" in capsys.readouterr().out
+    assert "'winner': missing score, found 'model_c'" in refused([row | {"winner": "model_c"}])
 
 
 def test_ranked_answers_give_a_pair_for_every_strict_gap():
@@ -270,31 +221,15 @@ def test_ranked_answers_give_a_pair_for_every_strict_gap():
     assert "no row is left of 1" in refused([row | {"scores": [1] * 4}])
 
 
-@pytest.mark.parametrize(
-    "scores, told",
-    [
-        ([1, None], "missing score, found None"),
-        ([1, math.nan], "missing score, found nan"),
-        ([1], "missing score, found 2 responses and 1 scores"),
-        ([1, "2"], "missing score, found '2' (str)"),
-        ([1, True], "missing score, found True (bool)"),
-        (None, "missing value"),
-        (3, "wrong type, found 3 (int)"),
-    ],
-)
-def test_ranked_scores_must_be_there(scores, told):
-    message = refused([{"prompt": "Why?", "responses": ["a", "b"], "scores": scores}])
-    assert message.startswith(f"rows in memory, row 1, column 'scores': {told}")
+@pytest.mark.parametrize("scores", [[1, None], [1, math.nan], [1], [1, "2"], [1, True], None, 3])
+def test_ranked_scores_must_be_there(scores):
+    told = f"rows in memory, row 1, column 'scores': missing score, found {scores}"
+    assert told in refused([{"prompt": "Why?", "responses": ["a", "b"], "scores": scores}])
 
 
 def test_instruction_and_input_are_joined():
-    row = {
-        "instruction": "Correct.",
-        "input": "He go.",
-        "output": "x",
-        "chosen": "y",
-        "rejected": "z",
-    }
+    row = {"instruction": "Correct.", "input": "He go.", "output": "x"}
+    row |= {"chosen": "y", "rejected": "z"}
     rows = [row, row | {"input": " "}, row | {"input": None}, row | {"input": math.nan}]
     asked = ["Correct.\n\nHe go.", *["Correct."] * 3]
     assert load_preferences(rows)["prompt"] == asked == load_demonstrations(rows)["prompt"]
@@ -303,15 +238,10 @@ def test_instruction_and_input_are_joined():
 
 def test_demonstrations_in_four_forms():
     expected = [{"prompt": "Sum up.\n\nLong text.", "completion": "Short."}]
-    dolly = {
-        "instruction": "Sum up.",
-        "context": "Long text.",
-        "response": "Short.",
-        "category": "s",
-    }
+    dolly = {"instruction": "Sum up.", "context": "Long text.", "response": "Short.", "id": 1}
     alpaca = {"instruction": "Sum up.", "input": "Long text.", "output": "Short."}
-    for rows in ([dolly], [alpaca], expected):
-        assert load_demonstrations(rows).to_list() == expected
+    for source in ([dolly], [alpaca], expected):
+        assert load_demonstrations(source).to_list() == expected
     talk = [{"role": "system", "content": "Be kind."}, user("Hi"), assistant("Hello!")]
     loaded = load_demonstrations([{"messages": talk}]).to_list()
     assert loaded == [{"prompt": talk[:2], "completion": talk[2:]}]
@@ -322,13 +252,11 @@ def test_demonstrations_in_four_forms():
 @pytest.mark.parametrize(
     "change, told",
     [
-        ({"chosen": [user("A")]}, "column 'chosen': bad turns, found the roles ['user']"),
+        ({"chosen": [user("A")]}, "column 'chosen': bad turns, found ['user']"),
         ({"chosen": [assistant("A"), assistant("C")]}, "column 'chosen': bad turns"),
         ({"prompt": [user("Hi"), assistant("So")]}, "column 'prompt': bad turns"),
-        ({"prompt": [{"role": "human", "content": "Hi"}]}, "bad turns, found the roles ['human']"),
-        ({"prompt": [{"role": ["user"], "content": "Hi"}]}, "column 'prompt': bad turns"),
+        ({"prompt": [{"role": "human", "content": "Hi"}]}, "bad turns, found ['human']"),
         ({"chosen": [assistant(None)]}, "column 'chosen': missing value"),
-        ({"chosen": [assistant(" ")]}, "column 'chosen': blank"),
         ({"chosen": []}, "column 'chosen': blank"),
         ({"chosen": "A"}, "mixed forms"),
         ({"chosen": [assistant("B")]}, "identical"),
@@ -340,23 +268,18 @@ def test_bad_messages_are_refused_and_good_ones_lose_only_extra_keys(change, tol
 
 
 def test_text_among_messages_is_refused_wherever_it_is():
-    told = "row {}: mixed forms, found text where most rows hold messages"
-    assert told.format(1) in refused([GOOD[0], TALK, TALK])
-    assert told.format(3) in refused([TALK, TALK, GOOD[0]])
+    assert "row 1, column 'prompt': mixed forms" in refused([GOOD[0], TALK, TALK])
+    assert "row 3, column 'prompt': mixed forms" in refused([TALK, TALK, GOOD[0]])
 
-
-# ---- bad rows ----
 
 BAD = [
     ({"chosen": None}, "missing value, found None (NoneType)"),
     ({"chosen": math.nan}, "missing value, found nan (float)"),
     ({"chosen": 42}, "wrong type, found 42 (int)"),
-    ({"chosen": True}, "wrong type, found True (bool)"),
     ({"chosen": ["a", "b"]}, "wrong type, found ['a', 'b'] (list)"),
     ({"prompt": {"text": "a"}}, "wrong type, found {'text': 'a'} (dict)"),
     ({"rejected": ""}, "blank, found '' (str)"),
-    ({"chosen": " \t\u3000\n"}, "blank"),
-    ({"chosen": "\u200b \ufeff"}, "blank"),
+    ({"chosen": "\u200b \t\u3000\n\ufeff"}, "blank"),
     ({"chosen": "a\0b"}, "NUL character, found 'a\\x00b' (str)"),
     ({"prompt": "a\ud800"}, "lone surrogate, found 'a\\ud800' (str)"),
     ({"rejected": "True answer 2"}, "identical, found 'True answer 2' (str)"),
@@ -366,32 +289,26 @@ BAD = [
 
 @pytest.mark.parametrize("change, told", BAD)
 def test_a_bad_cell_is_named_by_file_row_line_column_and_remedy(tmp_path, change, told):
-    path = write_jsonl(tmp_path / "pairs.jsonl", [GOOD[0], GOOD[1] | change, GOOD[2]])
-    message, column = refused(path), next(iter(change))
+    path = write(tmp_path / "pairs.jsonl", [GOOD[0], GOOD[1] | change, GOOD[2]])
+    message, (column,) = refused(path), change
     assert message.startswith(f"{path}, row 2 (line 2), column {column!r}: {told}")
-    assert data.REASONS[told.split(",")[0]] in message and 'on_error="skip"' in message
+    remedy = rows.REMEDIES.get(told.split(",")[0], "Correct or remove it")
+    assert f'{remedy}; 1 bad of 3 rows. on_error="skip" sets them aside' in message
 
 
 def test_misspelt_names_are_suggested(tmp_path):
-    row = {"prompt": "Why?", "chosn": "So.", "rejected": "No."}
-    told = "row 2, column 'chosen': missing value, found no such key but 'chosn'"
-    assert told in refused([GOOD[0], row])
     typo = {"promt": "Why?", "Chosen": "So.", "rejected": "No."}
-    path, near = write_csv(tmp_path / "typo.csv", [typo]), {"prompt": "promt", "chosen": "Chosen"}
+    path, near = write(tmp_path / "typo.csv", [typo]), {"prompt": "promt", "chosen": "Chosen"}
     assert f"no column 'prompt', 'chosen'; the columns are {sorted(typo)}" in refused(path)
     assert f"pass columns={near}" in refused(path)
     assert load_preferences(path, columns=near)["chosen"] == ["So."]
-    assert f"columns={near}" in refused(path, columns=near | {"prompt": "PROMPTS"})
-    message = refused([{"promt": "Why?", "chosen": "So.", "rejected": "No."}])
-    assert "columns={'prompt': 'promt'}" in message
+    assert f"columns={near}" in refused(path, columns=near | {"prompt": "prompts"})
+    assert "columns={'prompt': 'promt'}" in refused([{"promt": "?", "chosen": "", "rejected": ""}])
 
 
 def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
-    from dpo_utils.train import training_data
-
-    path = tmp_path / "mine.csv"
-    rows = "".join(f"Why {i}?,So.,No.\n" for i in range(5))
-    path.write_text(f"Question,Best Answer,Worst\n{rows}")
+    own = [{"Question": f"Why {i}?", "Best Answer": "So.", "Worst": "No."} for i in range(5)]
+    path = write(tmp_path / "mine.csv", own)
     mine = load_profile("tiny", dataset=str(path))
     with pytest.raises(PreferenceDataError, match="set DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,r"):
         training_data("dpo", mine)
@@ -400,37 +317,34 @@ def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
     assert (len(train), len(held_out), train[0]["chosen"]) == (4, 1, "So.")
     with pytest.raises(PreferenceDataError, match="no column"):  # what is said in code wins
         training_data("dpo", mine, columns={"prompt": "Question"})
-    assert len(training_data("dpo", load_profile("tiny"))[0]) > 100
     monkeypatch.setenv("DPO_COLUMNS", "Question")
-    with pytest.raises(ValueError, match="DPO_COLUMNS='Question': write OURS=THEIRS"):
+    with pytest.raises(ValueError, match="DPO_COLUMNS needs OURS=THEIRS.* not 'Question'"):
         training_data("dpo", mine)
 
 
 def test_invalid_utf8_is_named_by_row_and_column(tmp_path):
     lines = [json.dumps(row).encode() for row in GOOD]
     array = b"[" + b",".join(lines) + b"]"
-    table = write_csv(tmp_path / "c.csv", GOOD).read_bytes()
+    table = write(tmp_path / "c.csv", GOOD).read_bytes()
     for name, text in (("a.jsonl", b"\n".join(lines)), ("b.json", array), ("c.csv", table)):
         (tmp_path / name).write_bytes(text.replace(b"True answer 2", b"Tr\xe9e"))
-        message = refused(tmp_path / name)
-        assert (
-            "row 2" in message and "column 'chosen': invalid UTF-8, found 'Tr\\udce9e'" in message
-        )
+        told = "column 'chosen': invalid UTF-8, found 'Tr\\udce9e'"
+        assert "row 2" in (message := refused(tmp_path / name)) and told in message
 
 
 @pytest.mark.parametrize(
     "name, text, told",
     [
-        ("a.jsonl", '{}\n{"prompt": "Why?", \n', "no column 'prompt', 'chosen'"),
-        ("a.jsonl", '\n{"prompt": "Why?", \n', "row 1 (line 2): broken row, not JSON: Expecting"),
-        ("a.jsonl", '"text"\n', "row 1 (line 1): wrong type, found 'text' (str) where an object"),
+        ("a.jsonl", '\n{"prompt": "Why?", \n', "row 1 (line 2): broken row, found 'Expecting"),
+        ("a.jsonl", '"text"\n', "row 1 (line 1): not an object, found 'text' (str)"),
         ("a.jsonl", "[" * 100_000, "broken row"),
         ("a.json", '[\n{"prompt": "a",\n "chosen" "b"}]', "delimiter: line 3 column 11"),
         ("a.json", '{"a": 1}\n{"a": 1}', "one object a line is .jsonl"),
         ("a.json", '{"rows": []}', "it holds no array of rows"),
         ("a.csv", "a,b,c\nd,e\n", "row 2 (line 3), column 'rejected': missing value"),
-        ("a.csv", 'a,"b\nb",c\nd,e,f,g\n', "row 2 (line 4): broken row, cells without a column"),
+        ("a.csv", 'a,"b\nb",c\nd,e,f,g\n', "row 2 (line 4): too many cells, found ['g']"),
         ("a.csv", 'a,b,c\nd,"e,f\ng,h,i\n', "after row 1: cannot be read, unexpected end of data"),
+        ("b.csv", "prompt,chosen,chosen\na,b,c\n", "two columns have one name"),
     ],
 )
 def test_a_broken_file_is_named_by_row_and_line(tmp_path, name, text, told):
@@ -439,19 +353,9 @@ def test_a_broken_file_is_named_by_row_and_line(tmp_path, name, text, told):
     assert told in refused(tmp_path / name)
 
 
-def test_two_columns_of_one_name_are_refused(tmp_path):
-    (tmp_path / "a.csv").write_text("prompt,chosen,chosen\na,b,c\n")
-    assert "two columns have one name" in refused(tmp_path / "a.csv")
-
-
-def test_a_long_csv_cell_is_read_whole(tmp_path):
-    path = write_csv(tmp_path / "long.csv", [GOOD[0] | {"chosen": "long " * 40_000}])
-    assert len(load_preferences(path)[0]["chosen"]) == 200_000
-
-
 def test_skip_sets_bad_rows_aside_with_reasons(tmp_path, capsys):
-    rows = [GOOD[0], *(GOOD[1] | change for change, _ in BAD), GOOD[2]]
-    path = write_jsonl(tmp_path / "pairs.jsonl", rows)
+    dirty = [GOOD[0], *(GOOD[1] | change for change, _ in BAD), GOOD[2]]
+    path = write(tmp_path / "pairs.jsonl", dirty)
     with path.open("a", encoding="utf-8") as file:
         file.write('{"prompt"\n')
     assert load_preferences(path, on_error="skip").to_list() == [GOOD[0], GOOD[2]]
@@ -461,11 +365,8 @@ def test_skip_sets_bad_rows_aside_with_reasons(tmp_path, capsys):
     assert [r["reason"] for r in aside] == [*(told.split(",")[0] for _, told in BAD), "broken row"]
     assert [record["column"] for record in aside] == [*(next(iter(bad)) for bad, _ in BAD), None]
     assert aside[2]["data"] == GOOD[1] | {"chosen": 42} and aside[-1]["data"] == '{"prompt"\n'
-    out = capsys.readouterr().out
-    assert (
-        f"{len(BAD) + 3} rows read, 2 kept, {len(BAD) + 1} dropped" in out
-        and str(quarantine) in out
-    )
+    told = f"{len(BAD) + 3} rows read, 2 kept, {len(BAD) + 1} dropped"
+    assert told in (out := capsys.readouterr().out) and str(quarantine) in out
 
 
 def test_skip_writes_where_it_is_told(tmp_path, monkeypatch):
@@ -476,10 +377,6 @@ def test_skip_writes_where_it_is_told(tmp_path, monkeypatch):
     assert Path("here.jsonl").read_text() == Path("rows_in_memory.quarantine.jsonl").read_text()
     nowhere = tmp_path / "no" / "folder.jsonl"
     assert "Pass quarantine=" in refused(rows, on_error="skip", quarantine=nowhere)
-    assert "no row is left of 1" in refused(rows[1:], on_error="skip")
-
-
-# ---- folding and the split ----
 
 
 def test_fold_by_hand():
@@ -493,12 +390,9 @@ def test_fold_by_hand():
 
 def many() -> list[dict]:
     """60 prompts, each in three spellings."""
-    spellings = (str, str.upper, lambda text: f" {text}\u00a0")
-    return [
-        {"prompt": spell(f"Question number {i}?"), "row": f"{i} {j}"}
-        for i in range(60)
-        for j, spell in enumerate(spellings)
-    ]
+    asked = [(f"{i} {j}", f"Question number {i}?") for i in range(60) for j in range(3)]
+    spellings = {"0": str, "1": str.upper, "2": lambda text: f" {text}\u00a0"}
+    return [{"prompt": spellings[row[-1]](text), "row": row} for row, text in asked]
 
 
 def test_split_by_prompt_keeps_spellings_together():
@@ -511,9 +405,8 @@ def test_split_by_prompt_depends_on_prompts_and_seed_alone():
     def held_out(rows, **options):
         return set(split_by_prompt(Dataset.from_list(rows), **options)[1]["row"])
 
-    expected = {
-        f"{i} {j}" for i in (6, 7, 11, 14, 22, 25, 26, 28, 30, 38, 40, 44) for j in range(3)
-    }
+    prompts = (6, 7, 11, 14, 22, 25, 26, 28, 30, 38, 40, 44)
+    expected = {f"{i} {j}" for i in prompts for j in range(3)}
     assert held_out(many()) == held_out(random.Random(0).sample(many(), 180)) == expected
     assert held_out(many(), seed=1) != expected
 
@@ -525,17 +418,3 @@ def test_split_by_prompt_always_leaves_both_sides():
         split_by_prompt(Dataset.from_list(GOOD[:1]))
     with pytest.raises(ValueError, match="between 0 and 1"):
         split_by_prompt(two, held_out=1)
-
-
-# ---- real files ----
-
-
-@pytest.mark.skipif("DPO_SHARED_DATA" not in os.environ, reason="set DPO_SHARED_DATA")
-def test_real_files_load():
-    shared = Path(os.environ["DPO_SHARED_DATA"])
-    polite = shared / "polite" / "instruction-data-with-preference.json"
-    assert "row 123, column 'rejected': identical" in refused(polite)
-    assert len(load_demonstrations(polite)) == 1100
-    mapped = {"prompt": "Question", "chosen": "Best Answer", "rejected": "Best Incorrect Answer"}
-    loaded = load_preferences(shared / "truthfulqa" / "TruthfulQA_part.csv", columns=mapped)
-    assert len(loaded) == 407 and loaded[0]["rejected"] == "Fortune cookies originated in Japan"

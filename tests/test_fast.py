@@ -2,7 +2,7 @@
 
 import inspect
 import json
-import os
+import shutil
 import subprocess
 import sys
 from itertools import product
@@ -274,17 +274,20 @@ def whole_path(folder) -> list[float]:
     return [row["loss"] for row in history] + margins.tolist()
 
 
-def test_the_whole_path_runs_without_fast_says_so_and_gives_the_same_numbers(tmp_path):
+def test_the_package_copied_without_fast_runs_the_whole_path_and_says_so(tmp_path):
+    ours, tests = Path(fast.__file__).parent, str(Path(__file__).parent)
+    copy = tmp_path / "dpo_utils"
+    shutil.copytree(ours, copy, ignore=shutil.ignore_patterns("fast.py", "__pycache__"))
     code = f"""
 import json, pathlib, sys
-sys.modules["dpo_utils.fast"] = None  # as if the file were not there
+finders = [x for x in sys.meta_path if "editable" not in getattr(x, "__module__", "")]
+sys.meta_path[:], sys.path[:0] = finders, [{str(tmp_path)!r}, {tests!r}]  # not the installed one
 from small_runs import demonstrations, pairs, policy, profile, train_dpo, train_sft
 from dpo_utils.evaluate import preference_table
+assert preference_table.__code__.co_filename.startswith({str(copy)!r})
 {inspect.getsource(whole_path)}
 print(json.dumps(whole_path(pathlib.Path({str(tmp_path / "plain")!r}))))"""
-    paths = os.pathsep.join(map(str, [Path(fast.__file__).parents[1], Path(__file__).parent]))
-    options = {"env": {**os.environ, "PYTHONPATH": paths}, "encoding": "utf-8"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, **options)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, encoding="utf-8")
     assert "in the plain form, since dpo_utils/fast.py is missing" in done.stdout, done.stderr
     wanted = pytest.approx(whole_path(tmp_path / "fast"), abs=1e-4)
     assert json.loads(done.stdout.splitlines()[-1]) == wanted

@@ -4,17 +4,16 @@ import sys
 
 import numpy as np
 import pytest
-import torch
+from small import moved
 
 from dpo_utils.experiments import truthfulqa
 from dpo_utils.logps import plain_logps
-from dpo_utils.models import as_reference, load_policy, trainable
+from dpo_utils.models import load_policy
 
 
 def row(question, correct, incorrect):
     """A row of the benchmark; its best answer is the first correct one."""
-    answers = {"best": correct[0], "correct": correct, "incorrect": incorrect}
-    return {"question": question, **answers}
+    return {"question": question, "best": correct[0], "correct": correct, "incorrect": incorrect}
 
 
 ROWS = [
@@ -24,7 +23,6 @@ ROWS = [
 TRAINED = [
     "Do goldfish forget everything within three seconds? No, goldfish remember for months.",
     "Is the Great Wall visible from the Moon? No, it is far too narrow.",
-    "Does sugar make children hyperactive? Trials found no such effect.",
 ]
 
 
@@ -47,14 +45,11 @@ def test_the_csv_is_read_with_its_lists(tmp_path):
 def test_a_planted_near_duplicate_is_found_and_nothing_else():
     paraphrase = "Can the Great Wall be seen from the Moon? No, it's much too narrow to be visible."
     other = "Which planet is nearest to the Sun? Mercury."
-    first, second = truthfulqa.overlap(TRAINED, [other, paraphrase, other, TRAINED[0]])
-    same = {"benchmark": 4, "trained": 1, "similarity": pytest.approx(1)}
-    assert first == {**same, "texts": (TRAINED[0], TRAINED[0])}
-    assert (second["benchmark"], second["trained"]) == (2, 2) and 0.3 <= second["similarity"] < 1
-    assert second["texts"] == (paraphrase, TRAINED[1])
-    assert len(truthfulqa.overlap(iter(TRAINED), iter([other]), threshold=0)) == 1
-    words = truthfulqa.words("The CATS jumped; \uff23\uff21\uff34 jumping, foxes!")
-    assert words == ["cat", "jump", "cat", "jump", "fox"]
+    near = truthfulqa.overlap(TRAINED, [other, paraphrase, other, TRAINED[0].upper()])
+    assert list(near["trained"]) == TRAINED and near["benchmark"][1] == paraphrase
+    assert near["similarity"][3] == pytest.approx(1) and 0.3 <= near["similarity"][1] < 1
+    train = [{"prompt": ROWS[1]["question"], "chosen": "Cold, of course."}]
+    assert truthfulqa.unseen(ROWS + ROWS, train, 1)[0] == ROWS[:1]
 
 
 def by_hand(model, tokenizer, rows):
@@ -65,33 +60,27 @@ def by_hand(model, tokenizer, rows):
 
     task = yaml.safe_load(open(f"{tasks.__path__[0]}/truthfulqa/truthfulqa_mc1.yaml"))
 
-    def logps(question, choices):
+    def p(question, choices):
         context = jinja2.Template(task["doc_to_text"]).render(question=question)
         prompt = tokenizer.encode(context)
         answers = [tokenizer.encode(f"{context} {choice}")[len(prompt) :] for choice in choices]
-        items = [(prompt, [answer]) for answer in answers]
-        return plain_logps(model, items, tokenizer.pad_token_id).detach().double().numpy()
+        logps = plain_logps(model, [(prompt, answers)], tokenizer.pad_token_id)
+        return logps.detach().double().exp().numpy()
 
-    best = [logps(row["question"], [row["best"], *row["incorrect"]]).argmax() == 0 for row in rows]
-    p = [np.exp(logps(row["question"], row["correct"] + row["incorrect"])) for row in rows]
-    shares = [x[: len(row["correct"])].sum() / x.sum() for x, row in zip(p, rows, strict=True)]
+    best = [p(row["question"], [row["best"], *row["incorrect"]]).argmax() == 0 for row in rows]
+    shares = [p(row["question"], row["correct"] + row["incorrect"]) for row in rows]
+    shares = [x[: len(row["correct"])].sum() / x.sum() for x, row in zip(shares, rows, strict=True)]
     return np.array(best, dtype=float), np.array(shares)
 
 
 def test_multiple_choice_is_what_the_log_probs_say(tiny):
     pytest.importorskip("lm_eval")
     model, tokenizer = load_policy(tiny)
-    draw = torch.Generator().manual_seed(1)
-    for parameter in trainable(model):
-        parameter.data += 0.05 * torch.randn(parameter.shape, generator=draw)
+    moved(model)  # so that scores without the adapter would differ
     mc1, mc2 = by_hand(model, tokenizer, ROWS)
-    found = truthfulqa.multiple_choice(model.train(), tokenizer, ROWS, batch=2)
+    found = truthfulqa.multiple_choice(model.train(), tokenizer, ROWS)
     assert model.training and 0 < mc1.mean() < 1 and mc2.std() > 0.05
-    for name, values in (("mc1", mc1), ("mc2", mc2)):
-        error = values.std(ddof=1) / np.sqrt(2)
-        assert found[name] == pytest.approx((values.mean(), error), abs=1e-4)
-    with as_reference(model):
-        assert abs(by_hand(model, tokenizer, ROWS)[1].mean() - mc2.mean()) > 1e-3  # it was on
+    assert found == {name: pytest.approx(x, abs=1e-4) for name, x in (("mc1", mc1), ("mc2", mc2))}
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):

@@ -11,7 +11,7 @@ from dpo_utils.tokens import collate
 
 
 def logps_of(logits, input_ids):
-    """The log-probs of all tokens but the first, (N, T - 1): right, but often misused."""
+    """The log-probs of all tokens but the first, (N, T - 1): right in float32, often misused."""
     return logits[:, :-1].log_softmax(-1).gather(-1, input_ids[:, 1:, None])[..., 0]
 
 

@@ -1,17 +1,8 @@
 """Sliders over a draw function, where someone sits in front of the notebook to move them."""
 
-import os
-import sys
-
-from IPython import get_ipython
 from ipywidgets import interactive
 
-
-def live():
-    """Whether someone sits in front of Jupyter, VS Code or Colab; never if DPO_STATIC=1."""
-    in_code = "__vsc_ipynb_file__" in getattr(get_ipython(), "user_ns", {})
-    someone = in_code or "google.colab" in sys.modules or bool(os.environ.get("JPY_SESSION_NAME"))
-    return someone and os.environ.get("DPO_STATIC") != "1"
+from dpo_utils.plots import live
 
 
 def show(draw, **ranges):

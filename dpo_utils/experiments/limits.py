@@ -12,8 +12,8 @@ def binary_kl(p, p0):
 def least_kl(p0, tilts) -> tuple[np.ndarray, np.ndarray]:
     """(rates, KLs), one per tilt: the cheapest policies for their rates, averaged over the prompts.
 
-    p0: (prompts,) probability of a true answer under the reference. The optimum of E[r] - beta KL
-    only moves probability from false to true answers: logit p = logit p0 + tilt, tilt = 1/beta.
+    p0: (prompts,) rates of true answers under the reference. The optimum of E[r] - beta KL moves
+    probability from false to true answers only: logit p = logit p0 + tilt, tilt = 1/beta.
     """
     p0 = np.clip(np.asarray(p0, dtype=float), 1e-12, 1 - 1e-12)
     p = expit(logit(p0) + np.asarray(tilts, dtype=float)[:, None])

@@ -39,27 +39,29 @@ def fit_reward_model(model, tokenizer, pairs, profile):
     return lambda rows: features(rows) @ head
 
 
-def train_reinforce(model, tokenizer, prompts, reward, profile, *, answers=4, on_step=None):
+def train_reinforce(model, tokenizer, pairs, profile, reward=None, on_step=None):
     """Train the adapter in place on its own answers; gives rows of step, reward, kl, grad_norm.
 
-    A step draws `answers` answers to 2 batch / answers prompts: as many as DPO reads. Each earns
-    r(x, y) - beta log(pi/ref), less the mean of its prompt's others (leave-one-out, Ahmadian et al.
-    2024, arXiv 2402.14740); this is the weight of grad log pi(y|x).
+    reward: by default `fit_reward_model` of the pairs. A step draws 4 answers to each of batch / 2
+    prompts, as many as DPO reads. Each earns r(x, y) - beta log(pi/ref), less the mean of its
+    prompt's others (Ahmadian et al. 2024, arXiv 2402.14740): the weight of grad log pi(y|x).
     """
+    reward = reward or fit_reward_model(model, tokenizer, pairs, profile)
+    prompts = list({str(pair["prompt"]): pair["prompt"] for pair in pairs}.values())
     rng, options, history = np.random.default_rng(profile.seed), options_for(profile, tokenizer), []
     optimizer = torch.optim.AdamW(trainable(model), lr=profile.learning_rate, weight_decay=0.0)
     model.train()
     for step in range(1, profile.steps + 1):
-        asked = rng.choice(len(prompts), 2 * profile.batch // answers, replace=False)
-        how = (answers, 1.0, profile.max_new_tokens, profile.seed * 100_003 + step)
-        drawn = sample_ids(model, tokenizer, [prompts[i] for i in asked], *how)
+        asked = [prompts[i] for i in rng.choice(len(prompts), profile.batch // 2, replace=False)]
+        how = {"max_new_tokens": profile.max_new_tokens, "seed": profile.seed * 100_003 + step}
+        drawn = sample_ids(model, tokenizer, asked, n=4, **how)
         items = [(prompt, [answer]) for prompt, answer in drawn]
-        log_ratios = all_logps(model, items, **options)[:, 0].float()
+        kl = all_logps(model, items, **options)[:, 0].float()
         with as_reference(model):
-            log_ratios -= all_logps(model, items, **options)[:, 0].float()
-        earned = reward(drawn).cpu() - profile.beta * log_ratios
-        groups = earned.view(-1, answers)
-        advantages = (groups - groups.mean(1, keepdim=True)).flatten() * answers / (answers - 1)
+            kl -= all_logps(model, items, **options)[:, 0].float()
+        earned = reward(drawn).cpu() - profile.beta * kl
+        groups = earned.view(-1, 4)  # (prompts, answers)
+        advantages = (groups - groups.mean(1, keepdim=True)).flatten() * 4 / 3
         for numbers, logps in completion_logps(model, items, **options):
             (-(advantages[numbers].to(logps) * logps[:, 0]).sum() / len(items)).backward()
         norm = torch.nn.utils.clip_grad_norm_(trainable(model), profile.max_grad_norm)
@@ -67,8 +69,8 @@ def train_reinforce(model, tokenizer, prompts, reward, profile, *, answers=4, on
         optimizer.param_groups[0]["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-        row = {"reward": earned.mean(), "kl": log_ratios.mean(), "grad_norm": norm}
-        history.append({"step": step} | {name: x.item() for name, x in row.items()})
+        means = {"reward": earned.mean(), "kl": kl.mean(), "grad_norm": norm}
+        history.append({"step": step} | {name: x.item() for name, x in means.items()})
         if on_step:
             on_step(history)
     return history

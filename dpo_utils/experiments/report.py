@@ -25,7 +25,7 @@ from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import ASSETS, PINS, describe, load_profile, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
-MARGINS = "margins (beta × nats)"
+MARGINS, ACCURACY = "margins (beta × nats)", ", accuracy"
 
 
 def write_card(folder, profile, pairs: int, held_out: int, metrics: dict, drift: dict) -> Path:
@@ -36,26 +36,23 @@ def write_card(folder, profile, pairs: int, held_out: int, metrics: dict, drift:
     """
     if not metrics:
         raise ValueError("a model card needs a measurement: run the evaluation, give its metrics")
-    values = {"profile": profile, "pairs": pairs, "held_out": held_out}
+    values, hub = {"pairs": pairs, "held_out": held_out, "metrics": metrics, "drift": drift}, {}
     for field, pin in PINS.items():
-        source, revision = getattr(profile, field), getattr(profile, pin)
+        source, hub[field] = getattr(profile, field), None
         on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source).exists()
-        unpinned = source if on_hub else Path(source).name
-        values[field] = f"{source} @ {revision}" if revision else unpinned
-    head = ModelCardData(
-        library_name="peft",
-        tags=["dpo", "lora"],
-        base_model=profile.model if profile.revision else None,
-        datasets=profile.dataset if profile.dataset_revision else None,
-    )
-    values |= {"metrics": metrics, "drift": drift, "template_path": ASSETS / "model_card.md"}
+        values[field] = source if on_hub else Path(source).name
+        if revision := getattr(profile, pin):
+            values[field], hub[field] = f"{source} @ {revision}", source
+    options = {"base_model": hub["model"], "datasets": hub["dataset"], "tags": ["dpo", "lora"]}
+    values |= {"profile": profile, "template_path": ASSETS / "model_card.md"}
+    card = ModelCard.from_template(ModelCardData(library_name="peft", **options), **values)
     path = Path(folder) / "README.md"
-    write_file(path, str(ModelCard.from_template(head, **values)).encode())
+    write_file(path, str(card).encode())
     return path
 
 
 def run_once(profile, pairs, folder, fresh: bool, benchmark: list[dict], limit) -> dict:
-    """One seed: split by prompt, SFT, DPO, measure. The tables are indexed by held-out prompt."""
+    """One seed: split by prompt, SFT, DPO, measure. `measured`: columns, indexed by the prompt."""
     start = time.perf_counter()
     train, held_out = split_by_prompt(pairs, profile.held_out, seed=profile.seed)
     demonstrations, _ = training_data("sft", profile)
@@ -64,55 +61,51 @@ def run_once(profile, pairs, folder, fresh: bool, benchmark: list[dict], limit) 
     train_dpo(*ours, train, profile, folder / "dpo", fresh=fresh)
     seconds = time.perf_counter() - start
 
-    table = evaluate.preference_table(*ours, held_out, profile)
-    usable = held_out.select(table["row"] - 1)
-    prompts, size = usable["prompt"], {"max_new_tokens": profile.max_new_tokens}
-    draw = partial(evaluate.sample_ids, *ours, prompts[:64], seed=profile.seed, **size)
-    answer = partial(evaluate.sample, *ours, prompts[:5], temperature=0, **size)
+    logps = evaluate.preference_table(*ours, held_out, profile)
+    usable = held_out.select(logps["row"] - 1)
+    prompts, room = usable["prompt"], {"max_new_tokens": profile.max_new_tokens}
+    draw = partial(evaluate.sample_ids, *ours, prompts[:64], seed=profile.seed, **room)
+    answer = partial(evaluate.sample, *ours, prompts[:5], temperature=0, **room)
     rows, near = unseen(benchmark, train, limit) if benchmark else ([], [])
     choose = partial(multiple_choice, *ours, rows) if rows else dict
-    drawn, answers, choices = draw(), answer(), {"DPO": choose()}
+    drawn, after, choices = {"DPO": draw()}, answer(), {"DPO": choose()}
     with as_reference(model):
-        drawn_by_sft, choices["SFT"] = draw(), choose()
+        drawn["SFT"], choices["SFT"] = draw(), choose()
     with model.disable_adapter():
         base = evaluate.preference_table(*ours, held_out, profile)
-        base_answers, choices["base"] = answer(), choose()
+        before, choices["base"] = answer(), choose()
 
-    accuracies = {
-        "DPO, implicit reward": evaluate.wins(table["margins"], 0),
-        "DPO, raw log-prob": evaluate.wins(table["policy_chosen"], table["policy_rejected"]),
-        "SFT, raw log-prob": evaluate.wins(table["ref_chosen"], table["ref_rejected"]),
-        "base, raw log-prob": evaluate.wins(base["policy_chosen"], base["policy_rejected"]),
-    } | evaluate.surface_baselines(train, usable)
-    nats = {
-        MARGINS: table["margins"],
-        "chosen log-ratio (nats)": table["chosen_rewards"] / profile.beta,
-        "rejected log-ratio (nats)": table["rejected_rewards"] / profile.beta,
-    }
-    samples = {
-        "KL to the reference (nats per answer)": evaluate.sampled_kl(*ours, drawn, batch=4)["full"],
-        "tokens of a sample, SFT": [len(ids) for _, ids in drawn_by_sft],
-        "tokens of a sample, DPO": [len(ids) for _, ids in drawn],
-    }
-    names, counts = [*map(plain_text, prompts)], {"questions": len(rows), "left out": len(near)}
-    texts = zip(names, base_answers, answers, strict=False)
+    hits = {"DPO, implicit reward": evaluate.wins(logps["margins"], 0)}
+    sides = {"DPO": (logps, "policy"), "SFT": (logps, "ref"), "base": (base, "policy")}
+    for who, (x, of) in sides.items():
+        hits[f"{who}, raw log-prob"] = evaluate.wins(x[f"{of}_chosen"], x[f"{of}_rejected"])
+    hits |= evaluate.surface_baselines(train, usable)
+    found = {name + ACCURACY: values for name, values in hits.items()}
+    found[MARGINS] = logps["margins"]
+    for side in ("chosen", "rejected"):
+        found[f"{side} log-ratio (nats)"] = logps[f"{side}_rewards"] / profile.beta
+    kl = evaluate.sampled_kl(*ours, drawn["DPO"], batch=4)
+    found["KL to the reference (nats per answer)"] = kl["full"]
+    for who in ("SFT", "DPO"):
+        found[f"tokens of a sample, {who}"] = [len(ids) for _, ids in drawn[who]]
+    names = [plain_text(prompt) for prompt in prompts]
+    measured = {name: pd.Series(x, names[: len(x)]) for name, x in found.items()}
+    for who, scores in choices.items():
+        measured |= {f"TruthfulQA {task}, {who}": pd.Series(x) for task, x in scores.items()}
+    texts = zip(names, before, after, strict=False)
     return {
-        "accuracies": pd.DataFrame(accuracies, names),
-        "nats": pd.DataFrame(nats, names),
-        "samples drawn": pd.DataFrame(samples, names[:64]),
-        "multiple choice": counts | choices if rows else None,
+        "measured": measured,
+        "questions": {"asked": len(rows), "near a training pair, left out": len(near)},
         "seconds": seconds,
         "samples": [{"prompt": p, "base": b, "DPO": a} for p, (b,), (a,) in texts],
     }
 
 
-def peak_memory() -> float | None:
-    """GiB at most, of the GPU if there is one, else of the process; None on Windows."""
-    if torch.cuda.is_available():
+def peak_memory() -> float:
+    """GiB at most until now, of the GPU or else of the process; 0 on Windows without a GPU."""
+    if torch.cuda.is_available() or sys.platform == "win32":
         return torch.cuda.max_memory_allocated() / 2**30
-    if sys.platform == "win32":
-        return None
-    from resource import RUSAGE_SELF, getrusage  # Windows does not have it
+    from resource import RUSAGE_SELF, getrusage  # not there on Windows
 
     return getrusage(RUSAGE_SELF).ru_maxrss / 2 ** (30 if sys.platform == "darwin" else 20)
 
@@ -122,38 +115,26 @@ def summarise(runs) -> dict:
 
     A prompt that several seeds held out is resampled as one.
     """
-    kinds = ("accuracies", "nats", "samples drawn")
-    pooled = {kind: pd.concat([run[kind] for run in runs]) for kind in kinds}
-    return {
-        kind: {name: evaluate.bootstrap(x, groups=table.index) for name, x in table.items()}
-        for kind, table in pooled.items()
-    } | {
-        "calibration": evaluate.calibration(pooled["nats"][MARGINS]),
-        "multiple choice": runs[0]["multiple choice"],
-        "seconds by seed": [run["seconds"] for run in runs],
-        "peak memory GiB": peak_memory(),
-        "samples": runs[0]["samples"],
+    tables = [run["measured"] for run in runs]  # the first has all columns
+    pooled = {name: pd.concat([t[name] for t in tables if name in t]) for name in tables[0]}
+    return runs[0] | {
+        "measured": {n: evaluate.bootstrap(x, groups=x.index) for n, x in pooled.items()},
+        "calibration": evaluate.calibration(pooled[MARGINS]),
+        "seconds": [round(run["seconds"], 1) for run in runs],
+        "peak memory GiB": round(peak_memory(), 2),
     }
 
 
 def markdown(summary) -> str:
     """The table, and what else was measured, as Markdown."""
     lines = ["| held-out pairs, pooled over seeds | estimate | 95 % interval |", "|---|---|---|"]
-    rows = {f"{name}, accuracy": interval for name, interval in summary["accuracies"].items()}
-    for name, (value, low, high) in (rows | summary["nats"] | summary["samples drawn"]).items():
+    for name, (value, low, high) in summary["measured"].items():
         lines.append(f"| {name} | {value:.3f} | {low:.3f} to {high:.3f} |")
-    scores = "Brier {brier:.3f}, expected calibration error {ece:.3f}"
-    lines.append(f"\nCalibration of σ(margin): {scores.format(**summary['calibration'])}.")
-    if found := summary["multiple choice"]:
-        cells = [(who, task) for who in ("base", "SFT", "DPO") for task in ("mc1", "mc2")]
-        shown = ", ".join("{} {} {:.3f} ± {:.3f}".format(*c, *found[c[0]][c[1]]) for c in cells)
-        left_out = f"after {found['left out']} near a training pair were left out"
-        what = f"TruthfulQA ({found['questions']} questions, {left_out}; ± one standard error)"
-        lines.append(f"\n{what}: {shown}.")
-    seconds, memory = summary["seconds by seed"], summary["peak memory GiB"]
-    peak = f"{memory:.1f} GiB" if memory else "not measured on Windows"
-    costs = f"Seconds per seed: {', '.join(f'{s:.0f}' for s in seconds)}; peak memory {peak}."
-    return "\n".join([*lines, f"\n{costs}"])
+    lines.append(
+        "\nBrier {brier:.3f}, calibration error {ece:.3f}".format(**summary["calibration"])
+    )
+    lines += [f"{key}: {summary[key]}" for key in ("questions", "seconds", "peak memory GiB")]
+    return "\n".join(lines)
 
 
 def main(argv=None) -> None:
@@ -176,11 +157,12 @@ def main(argv=None) -> None:
     for seed in range(args.seeds):
         profile, folder = replace(base, seed=seed), run_directory(base) / args.name / f"seed{seed}"
         runs.append(run_once(profile, pairs, folder, args.fresh, benchmark, args.limit))
-        benchmark = []
+        benchmark = []  # the first seed alone answers it
     summary, shape = summarise(runs), {"figsize": (10.5, 3.4), "width_ratios": (1.4, 1)}
+    bars = {n.removesuffix(ACCURACY): x for n, x in summary["measured"].items() if ACCURACY in n}
     figure, (left, right) = plots.plt.subplots(1, 2, layout="constrained", **shape)
-    plots.interval_bars(summary["accuracies"], left, "held-out accuracy", marks=[(0.5, "chance")])
-    plots.margin_histogram(pd.concat([run["nats"][MARGINS] for run in runs]), right)
+    plots.interval_bars(bars, left, "held-out accuracy", marks=[(0.5, "chance")])
+    plots.margin_histogram(pd.concat([run["measured"][MARGINS] for run in runs]), right)
     figure.suptitle(f"{base.name}: {args.name}")
     plots.save_figure(figure, f"{base.name}_{args.name}", summary)
     samples = json.dumps(summary["samples"], indent=1, ensure_ascii=False)
