@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pandas
+from transformers import AutoTokenizer
 
 from dpo_utils.data import column_name
 from dpo_utils.rows import BadRow, PreferenceDataError, Row
@@ -124,9 +125,13 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
     parser.add_argument("--column", help="the file's own name, as in prompt=Question", **columns)
+    parser.add_argument("--held-out", help="a file whose prompts must not be in this one")
+    parser.add_argument("--tokenizer", help="a folder or hub id: also count what tokenising does")
+    parser.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
     args = parser.parse_args(arguments)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
     try:
-        report = audit(args.file, columns=dict(args.column))
+        report = audit(args.file, tokenizer, args.max_length, args.held_out, dict(args.column))
     except PreferenceDataError as error:
         parser.exit(2, f"{error}\n")
     if args.json:

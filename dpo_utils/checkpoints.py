@@ -190,7 +190,7 @@ class RunFolder:
 
 @contextlib.contextmanager
 def stop_signals():
-    """A list of the SIGTERMs and SIGINTs that came, to stop after the step; a second one at once."""
+    """A list of SIGTERM and SIGINT as they come, to stop after the step; a second stops at once."""
     caught = []
 
     def note(number, _frame):

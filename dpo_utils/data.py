@@ -11,23 +11,35 @@ from datasets import Dataset
 
 from dpo_utils.profiles import Profile
 from dpo_utils.rows import COUNTED, REMEDIES, PreferenceDataError, Row
-from dpo_utils.schemas import DEMONSTRATIONS, prompt_key, read_pairs
+from dpo_utils.schemas import DEMONSTRATIONS, PREFERENCES, prompt_key, read_pairs
 from dpo_utils.schemas import fold as fold  # also found here
 from dpo_utils.schemas import plain_text as plain_text
 
 
-def load_preferences(source, *, on_error="raise", quarantine=None, **reading) -> Dataset:
+def load_preferences(
+    source,
+    *,
+    split="train",
+    columns=None,
+    on_error="raise",
+    keep=(),
+    quarantine=None,
+    revision=None,
+    kind=PREFERENCES,
+) -> Dataset:
     """Preference pairs in TRL's format: prompt, chosen, rejected, all text or all message lists.
 
     source: a .json .jsonl .csv .parquet file, "misconceptions", "tiny", a hub id, or rows in
-    memory. on_error: "raise" refuses the first bad row; "skip" writes the bad rows with their
-    reasons to `quarantine`, by default a file next to the source. reading: columns (our names ->
-    the file's own), keep (extra columns to carry along), and of a hub id the split and revision.
-    Ties make no pair and are counted. Raises PreferenceDataError.
+    memory. split, revision: of a hub id. columns: our names -> the file's own. keep: extra columns
+    to carry along. on_error: "raise" refuses the first bad row; "skip" writes the bad rows with
+    their reasons to `quarantine`, by default a file next to the source. Ties make no pair and are
+    counted. Raises PreferenceDataError.
     """
-    name, rows = read_pairs(source, **reading)
+    if on_error not in ("raise", "skip"):
+        raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
+    name, rows = read_pairs(source, kind, columns, keep, split, revision)
     faults = [row for row in rows if row.bad and row.bad.reason not in COUNTED]
-    if faults and on_error != "skip":
+    if faults and on_error == "raise":
         row, bad = faults[0], faults[0].bad
         line = f" (line {row.line})" if row.line else ""
         column = f", column {bad.column!r}" if bad.column else ""

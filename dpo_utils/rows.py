@@ -20,7 +20,7 @@ REMEDIES = {  # why a row cannot be used -> what to do about it, where it takes 
     "not a transcript": "Name the column of the prompt, or open the text with \\n\\nHuman:",
     "missing score": "Give each response a number, or a winner: model_a, model_b, tie",
 }
-BUNDLED = {path.stem: path for path in sorted(ASSETS.glob("*.jsonl"))}
+BUNDLED = {path.stem: path for path in ASSETS.glob("*.jsonl")}
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
 HUB_REMEDY = "Connect once, use a local file, another split=, or revision='refs/convert/parquet'"
 
@@ -85,10 +85,8 @@ def read_rows(source, tiny, split: str, revision: str | None) -> tuple[str, list
     is_file = path.is_file() and path.suffix.lower() in SUFFIXES
     on_hub = not path.is_file() and path.suffix not in SUFFIXES and name.count("/") == 1
     if not (is_file or on_hub or name in ("tiny", "rows in memory")):
-        kinds = (
-            f"of a known kind ({' '.join(SUFFIXES)}), hub id (owner/name) or {'/'.join(BUNDLED)}"
-        )
-        raise PreferenceDataError(f"{name}: no such file {kinds}, seen from {Path.cwd()}. Name one")
+        remedy = f"Give a {' '.join(SUFFIXES)} file, a hub id owner/name or {' or '.join(BUNDLED)}"
+        raise PreferenceDataError(f"{name}: no such file or kind, seen from {Path.cwd()}. {remedy}")
     if split != "train" and not (on_hub or name == "tiny"):
         raise PreferenceDataError(f"{name}: no split {split!r}, only 'train'. Use split_by_prompt")
     rows, remedy = [], HUB_REMEDY if on_hub else "Correct the file; one object a line is .jsonl"

@@ -3,6 +3,7 @@
 import json
 import math
 import random
+import re
 
 import pytest
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -10,6 +11,7 @@ from transformers import PreTrainedTokenizerFast
 
 from dpo_utils.audit import audit, main
 from dpo_utils.data import PreferenceDataError
+from dpo_utils.profiles import ASSETS
 
 
 def pair(prompt, chosen, rejected):
@@ -167,3 +169,14 @@ def test_the_command_prints_the_report_as_json(tmp_path, capsys):
     main([str(path), "--json"])
     report = json.loads(capsys.readouterr().out)
     assert report["dropped"]["missing value"] == {"count": 2, "rows": [5, 6]}
+
+
+def test_the_command_takes_a_tokenizer_a_length_and_held_out_pairs(tmp_path, capsys):
+    rows = [{"prompt": f"Why {i}?", "chosen": "So it is." * i, "rejected": "No."} for i in (1, 9)]
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    more = ["--tokenizer", str(ASSETS / "tiny"), "--max-length", "24", "--held-out", str(path)]
+    main([str(path), *more])
+    out = capsys.readouterr().out
+    assert re.search(r"completion cut +1 +rows 2", out) and "tokens" in out
+    assert re.search(r"prompt also held out +2 +rows 1, 2", out)

@@ -145,7 +145,7 @@ def test_sources_that_are_not_there_are_refused(tmp_path):
     assert "no such file" in refused(tmp_path / "none.jsonl")
     assert "no such file" in refused("data/none.csv")  # though it looks like a hub id
     (tmp_path / "a.xlsx").write_text("x")
-    assert "of a known kind (.json .jsonl .csv .parquet)" in refused(tmp_path / "a.xlsx")
+    assert "Give a .json .jsonl .csv .parquet file" in refused(tmp_path / "a.xlsx")
     (tmp_path / "b.parquet").write_text("x")
     assert "b.parquet: cannot be read, " in refused(tmp_path / "b.parquet")
     assert "Use split_by_prompt" in refused(write(tmp_path / "c.jsonl", GOOD), split="test")
