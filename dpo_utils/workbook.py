@@ -21,7 +21,7 @@ QUIET = ["--IPKernelApp.log_level=40"]  # errors only
 
 
 def tidy(notebook):
-    """Keep what is committed, in place: no stderr, widgets or timings, pictures in 64 colours."""
+    """Keep what is committed, in place: no stderr, widgets or timings, pictures in 128 colours."""
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
         cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
@@ -31,7 +31,8 @@ def tidy(notebook):
                 cell.outputs.remove(output)
             elif "image/png" in data:
                 picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
-                picture.convert("RGB").quantize(64).save(out := io.BytesIO(), "png", optimize=True)
+                few = picture.convert("RGB").quantize(128, method=Image.Quantize.FASTOCTREE)
+                few.save(out := io.BytesIO(), "png", optimize=True)
                 data["image/png"] = base64.b64encode(out.getvalue()).decode()
     return notebook
 

@@ -1,9 +1,12 @@
 """What committed notebooks may hold, and the command that runs them. nbval runs them all."""
 
+import base64
+import io
 import re
 
 import nbformat
 import pytest
+from PIL import Image
 
 import dpo_utils
 from dpo_utils import workbook
@@ -64,6 +67,21 @@ def test_tidy_keeps_what_is_committed_and_takes_the_rest(path):
         for output in sum((cell.get("outputs", []) for cell in notebook.cells), []):
             assert len(output.get("data", {}).pop("image/png", "")) < 50_000
     assert messy == committed
+
+
+def test_tidy_keeps_the_colour_of_a_small_mark_apart_from_that_of_a_large_one():
+    colours = [(0, 114, 178), (213, 94, 0), (0, 158, 115), (230, 159, 0)]
+    picture = Image.linear_gradient("L").convert("RGB")  # a thousand greys are not more important
+    for i, colour in enumerate(colours):
+        picture.paste(colour, (9 * i, 0, 9 * i + 3, 3))
+    picture.save(file := io.BytesIO(), "png")
+    data = {"image/png": base64.b64encode(file.getvalue()).decode()}
+    cell = nbformat.v4.new_code_cell(outputs=[nbformat.v4.new_output("display_data", data)])
+    workbook.tidy(nbformat.v4.new_notebook(cells=[cell]))
+    kept = Image.open(io.BytesIO(base64.b64decode(cell.outputs[0].data["image/png"])))
+    for i, colour in enumerate(colours):
+        found = kept.convert("RGB").getpixel((9 * i + 1, 1))
+        assert max(abs(a - b) for a, b in zip(found, colour, strict=True)) < 20
 
 
 def write(root, name, *sources):
