@@ -78,13 +78,14 @@ def audit(dataset, tokenizer=None, max_length=None, held_out=None, columns=None)
     texts = [[plain_text(pair[side]) for side in SIDES] for _, pair in pairs]
     folded = [tuple(map(fold, text)) for text in texts]
     times = Counter(folded)
-    ranked = [row.values.get((columns or {}).get("scores", "scores")) or [0] for row, _ in pairs]
+    own_names = [(columns or {}).get(name, name) for name in ("responses", "scores")]
+    ranked = [[row.values.get(name) for name in own_names] for row, _ in pairs]
     holds = {  # finding -> whether it holds, pair by pair
         "duplicate pair": [times[pair] > 1 for pair in folded],
         "conflicting pair": [(prompt, no, yes) in times for prompt, yes, no in folded],
         "prompt also held out": [key in asked for key in keys],
         "end-of-text marker": [any(m in t for m in MARKERS for t in text) for text in texts],
-        "some scores tied": [isinstance(s, list) and max(map(s.count, s)) > 1 for s in ranked],
+        "some scores tied": [isinstance(a, list) and len(set(s)) < len(a) for a, s in ranked],
         "completion cut": [prompt + max(answers) > limit for prompt, *answers in tokens],
     }
     noted = {n: numbers[held].unique().tolist() for n, held in holds.items() if n not in unchecked}

@@ -146,10 +146,9 @@ class RunFolder:
                 number, moment = name.split()
                 states.setdefault(int(number), {})[moment] = value
             run.optimizer.load_state_dict(run.optimizer.state_dict() | {"state": states})
-        if self.path:
+        if self.path and (done := len(run.history)):
             finished = "this run is finished, its adapter is loaded (fresh=True trains again)"
-            done = len(run.history)
-            status = finished if done == run.profile.steps else f"{done} steps are done"
+            status = finished if done == run.profile.steps else f"resumed after step {done}"
             run.accelerator.print(f"{self.path.name}: {status}")
         if self.writes:
             write_file(self.path / "history.jsonl", _lines(run.history))
@@ -184,13 +183,20 @@ class RunFolder:
     def close(self) -> None:
         """The adapter in PEFT's format, in adapter/: the same adapter gives the same bytes."""
         if self.writes:
-            export.save_adapter(self.run.model, self.path / "adapter")
+            needed = sum(p.numel() * p.element_size() for p in self.weights.values())
+            with disk_full_explained(self.path, needed):
+                if shutil.disk_usage(self.path).free < needed:
+                    raise OSError(errno.ENOSPC, "the library would say it in its own way")
+                export.save_adapter(self.run.model, self.path / "adapter")
         self.run.accelerator.wait_for_everyone()
 
 
 @contextlib.contextmanager
-def stop_signals():
-    """A list of SIGTERM and SIGINT as they come, to stop after the step; a second stops at once."""
+def orderly_stop(accelerator):
+    """A list of SIGTERM and SIGINT as they come, to stop after the step; a second stops at once.
+
+    Trackers are finished, whatever ends the run.
+    """
     caught = []
 
     def note(number, _frame):
@@ -205,3 +211,5 @@ def stop_signals():
     finally:
         for number, handler in old.items():
             signal.signal(number, handler)
+        for tracker in accelerator.trackers:  # end_training would end the process group too
+            tracker.finish()

@@ -1,5 +1,6 @@
 """Preference pairs and demonstrations from any source, checked before a model is loaded."""
 
+import argparse
 import hashlib
 import json
 import os
@@ -12,7 +13,7 @@ from datasets import Dataset
 from dpo_utils.profiles import Profile
 from dpo_utils.rows import COUNTED, REMEDIES, PreferenceDataError, Row
 from dpo_utils.schemas import DEMONSTRATIONS, PREFERENCES, prompt_key, read_pairs
-from dpo_utils.schemas import fold as fold  # also found here
+from dpo_utils.schemas import fold as fold  # found here too
 from dpo_utils.schemas import plain_text as plain_text
 
 
@@ -93,16 +94,20 @@ def split_by_prompt(dataset: Dataset, held_out=0.2, seed=0) -> tuple[Dataset, Da
 
 
 def column_name(text: str) -> tuple[str, str]:
-    """`prompt=Question` as (our name, the file's own). Raises ValueError."""
+    """`prompt=Question` as (our name, the file's own), for argparse."""
     ours, _, theirs = text.partition("=")
     if not (ours and theirs):
-        raise ValueError(f"DPO_COLUMNS needs OURS=THEIRS, as in prompt=Question, not {text!r}")
+        raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in prompt=Question")
     return ours, theirs
 
 
 def columns_asked_for() -> dict | None:
     """`DPO_COLUMNS` (prompt=Question,chosen=Good) as our names -> the file's; None if not set."""
-    return dict(column_name(c) for c in os.environ.get("DPO_COLUMNS", "").split(",") if c) or None
+    named = os.environ.get("DPO_COLUMNS", "")
+    try:
+        return dict(column_name(part) for part in named.split(",") if part) or None
+    except argparse.ArgumentTypeError as problem:
+        raise ValueError(f"DPO_COLUMNS: {problem}") from None
 
 
 def training_data(stage: str, profile: Profile, **options):

@@ -81,10 +81,12 @@ def sample(model, tokenizer, prompts, *, n: int = 1, **options) -> list[list[str
 
 
 @torch.no_grad()
-def sample_ids(model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=48, seed=0):
+def sample_ids(
+    model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=48, seed=0, batch=256
+):
     """Seeded answers as (prompt ids, answer ids), n in a row per prompt; temperature 0 is greedy.
 
-    An answer ends with its EOS, or without one where it was cut.
+    An answer ends with its EOS, or without one where it was cut. batch: answers at a time.
     """
     prompts = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(n)]
     eos, was_training, answers = tokenizer.eos_token_id, model.training, []
@@ -93,8 +95,8 @@ def sample_ids(model, tokenizer, prompts, n=1, temperature=1.0, max_new_tokens=4
     how |= {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
     model.eval()
     torch.manual_seed(seed)
-    for start in range(0, len(prompts), 256):
-        rows = {"input_ids": prompts[start : start + 256]}
+    for start in range(0, len(prompts), batch):
+        rows = {"input_ids": prompts[start : start + batch]}
         rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
         answers += model.generate(**rows, **how)[:, rows["input_ids"].shape[1] :].tolist()
     model.train(was_training)
@@ -118,8 +120,8 @@ def world_scores(model, tokenizer, profile, *, n=4, seeds=(0, 1, 2), temperature
 def true_probability(model, tokenizer, profile, questions) -> np.ndarray:
     """(questions,): the probability of a fluent and true answer at temperature 1.
 
-    The true sentences can be listed, and are summed over with one way to cut each into tokens: a
-    lower bound, tight in practice.
+    The true sentences can be listed; their probabilities are added, each cut into tokens in one way
+    only: a lower bound, tight in practice.
     """
     answers = [[encode_completion(a, tokenizer) for a in world.true_answers(q)] for q in questions]
     items = [(encode_prompt(q, tokenizer), a) for q, a in zip(questions, answers, strict=True)]

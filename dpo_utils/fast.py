@@ -1,4 +1,4 @@
-"""The same log-probs for half the work. Delete this file and everything runs in the plain form.
+"""The same log-probs for half the work. Without this file the plain form does it all.
 
 The sequences of a micro-batch form prefix trees, in which a prompt, or the words that open both
 answers, is computed once; attention skips what no token of a block may see; the output head runs

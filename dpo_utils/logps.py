@@ -9,8 +9,8 @@ from dpo_utils.tokens import collate_rows, micro_batches
 
 try:
     from dpo_utils.fast import SharedForm
-except ImportError:
-    SharedForm = None  # without fast.py everything runs in the plain form
+except ImportError as problem:  # the plain form does it all
+    SharedForm, NO_FAST = None, f"dpo_utils/fast.py cannot be used ({problem})"
 
 
 def sequence_logps(logits, input_ids, completion_mask):
@@ -39,7 +39,7 @@ def plain_logps(model, items, pad_id: int):
 def why_plain(model) -> str | None:
     """Why this model needs the plain form, in a few words; None if the fast form gives the same."""
     if SharedForm is None:
-        return "dpo_utils/fast.py is missing"
+        return NO_FAST
     return SharedForm(model, plain_logps).objection()
 
 

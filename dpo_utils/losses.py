@@ -1,13 +1,15 @@
 """Preference losses as pure functions of sequence log-probs.
 
 `logps` are natural logs, summed over the completion's tokens. A loss of pairs gives (losses,
-chosen_rewards, rejected_rewards), each (B,), in the dtype of its input; rewards are beta times
-log-ratios and carry no gradient. Unequal shapes and options out of their domain: ValueError.
+chosen_rewards, rejected_rewards), each (B,), in the dtype of its input; rewards are beta
+times c and r, without gradient. Unequal shapes, and beta, label_smoothing or kl out of range, raise
+ValueError.
 
-`dpo_loss` is written out. Every other loss of pairs is a formula of c (chosen) and r (rejected):
-log-ratios policy - ref, or log-probs where the loss has no reference; float64, (B,). Below,
-z = beta (c - r) with beta > 0, and s is the sigmoid. Gradients are with respect to c; the one for r
-is the negative unless given. `preference_loss` calls any of them by name.
+`dpo_loss` takes the four log-probs. Behind it, and behind every other loss of pairs, is a formula
+of c (chosen) and r (rejected), (B,): log-ratios policy - ref, or log-probs where the loss has no
+reference. `preference_loss` calls any of them by name, in float64. Below, z = beta (c - r) with
+beta > 0, and s is the sigmoid. Gradients are with respect to c; the one for r is the negative
+unless given.
 """
 
 from collections.abc import Callable
@@ -184,7 +186,7 @@ LOSSES = {
     "cpo": Loss(with_sft, reference=False, sft=True),
     "dpo_sft": Loss(with_sft, sft=True),
     "unlikelihood": Loss(unlikelihood, reference=False),
-    "reference_free": Loss(dpo, reference=False),  # printed as DPO in places; nothing holds it back
+    "reference_free": Loss(dpo, reference=False),  # some introductions print it as DPO
 }
 
 

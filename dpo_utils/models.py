@@ -20,7 +20,7 @@ from dpo_utils.profiles import Profile, make_plan
 
 REFERENCE = "reference"  # the frozen adapter that holds the reference, where the base is not it
 LINEAR = (nn.Linear, Conv1D)
-# Tested to change nothing but their arithmetic with the name of the attention, as a few others do.
+# Model types of which a test shows that another name of the attention changes only the arithmetic.
 SDPA_MODELS = "gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3 smollm3".split()
 
 

@@ -24,7 +24,7 @@ GUIDE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare 
 def save_figure(figure, name: str, data: dict) -> Path:
     """Write figures/<name>.png and its numbers as figures/<name>.json; returns the picture's path.
 
-    `data` is kept to six digits, NaN as null. `DPO_FIGURES` names another folder.
+    `data` is kept to six digits, NaN and infinity as null. `DPO_FIGURES` names another folder.
     """
     folder = Path(os.environ.get("DPO_FIGURES") or repository_root() / "figures")
     folder.mkdir(parents=True, exist_ok=True)
@@ -94,7 +94,7 @@ class LiveMargins:
 
     def __call__(self, history):
         """Redraw after every fifth step."""
-        if os.environ.get("DPO_STATIC") or len(history) % 5:
+        if os.environ.get("DPO_STATIC") == "1" or len(history) % 5:
             return
         figure = training_panel(history)
         if self.handle:

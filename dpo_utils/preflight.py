@@ -1,4 +1,4 @@
-"""Checks around the first step, for what would otherwise be learnt silently wrong."""
+"""Checks around the first step and after each, for what would be learnt silently wrong."""
 
 import torch
 
@@ -64,7 +64,7 @@ def after_first_step(run, start, grad_norm: float) -> None:
         )
     with as_reference(run.model):
         moved = (all_logps(run.model, items, **run.options) - reference).abs().max()
-    if moved > 0:
+    if not moved == 0:
         raise RuntimeError(
             f"the reference's log-probs changed by {moved:.3g} nats with the first step. Likely "
             "causes: weights outside the adapter are trained, or it shares the policy's adapter."

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 ASSETS = Path(__file__).parent / "assets"
+# a source -> the field of its revision
 PINS = {"model": "revision"} | {name: f"{name}_revision" for name in ("dataset", "sft_dataset")}
 POSITIVE = [f"{of}{name}" for of in ("", "sft_") for name in ("steps", "batch", "learning_rate")]
 PHI2_GIB = 5.5  # GPU memory that phi2 wants free: 1.7 of weights, the rest for the step and CUDA
@@ -30,7 +31,7 @@ class Profile:
     sft_dataset_revision: str | None = None  # likewise
     lora_r: int = 16  # rank of the adapters
     lora_alpha: int = 32  # adapters are scaled by lora_alpha / lora_r
-    max_length: int = 512  # tokens of prompt + completion; longer completions are cut
+    max_length: int = 512  # tokens; longer completions are cut, longer prompts dropped
     max_prompts: int | None = None  # at most this many pairs are used; None for all
     held_out: float = 0.2  # share of the prompts kept for evaluation
     sft_steps: int = 60  # optimizer steps of SFT
@@ -71,8 +72,10 @@ def load_profile(name: str | None = None, **changes) -> Profile:
     replace any field and win over both. Another source is not pinned to a revision unless one is
     given. Raises ValueError for an unknown profile or field and for a value out of range.
     """
-    room = torch.cuda.is_available() and torch.cuda.mem_get_info()[0] > PHI2_GIB * 2**30
-    name = name or os.environ.get("DPO_PROFILE") or ("phi2" if room else "tiny")
+    name = name or os.environ.get("DPO_PROFILE")
+    if not name:  # asking the GPU takes memory on it
+        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
+        name = "phi2" if free > PHI2_GIB * 2**30 else "tiny"
     if name not in PROFILES:
         known = ", ".join(PROFILES)
         raise ValueError(

@@ -12,7 +12,7 @@ from dpo_utils.models import as_reference
 
 SETTINGS = "steps batch learning_rate warmup max_grad_norm seed target_modules lora_r lora_alpha"
 DPO_SETTINGS = " beta loss label_smoothing"
-_SCORED = {}  # those of the runs of this process that keep nothing on disk
+_SCORED = {}  # log-probs of this process for runs without a folder
 
 
 def reference_key(model, tokenizer, items, profile) -> dict:

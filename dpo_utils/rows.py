@@ -12,7 +12,7 @@ from datasets import Dataset, load_dataset
 from dpo_utils.profiles import ASSETS
 
 COUNTED = ("tied scores", "diverged early")  # rows without a preference: counted, never an error
-REMEDIES = {  # why a row cannot be used -> what to do about it, where it takes more than a hint
+REMEDIES = {  # why a row cannot be used -> what to do, where 'Correct or remove it' is not enough
     "wrong type": "Write text, or a list of {'role', 'content'} messages",
     "invalid UTF-8": "Save the file as UTF-8",
     "mixed forms": "Write every row as text, or every row as messages",
@@ -22,6 +22,7 @@ REMEDIES = {  # why a row cannot be used -> what to do about it, where it takes 
 }
 BUNDLED = {path.stem: path for path in ASSETS.glob("*.jsonl")}
 SUFFIXES = (".json", ".jsonl", ".csv", ".parquet")
+FILE_REMEDIES = {".json": "Correct it; one object a line is .jsonl", ".csv": "Close the quote"}
 HUB_REMEDY = "Connect once, use a local file, another split=, or revision='refs/convert/parquet'"
 
 
@@ -57,12 +58,7 @@ def read_file(path: Path) -> Iterator[Row]:
     csv.field_size_limit(2**31 - 1)
     with path.open(encoding="utf-8-sig", errors="surrogateescape") as file:
         if suffix == ".csv":
-            reader = csv.DictReader(file, strict=True)
-            if len(set(names := reader.fieldnames or [])) < len(names):
-                raise ValueError(f"two columns have one name in {names}")
-            for values in reader:
-                bad = BadRow("too many cells", None, values[None]) if None in values else None
-                yield Row(values, reader.line_num, bad)
+            yield from read_csv(file)
         elif suffix == ".json":
             data = json.load(file)
             rows = data.get("data") if isinstance(data, dict) else data
@@ -78,6 +74,28 @@ def read_file(path: Path) -> Iterator[Row]:
                     yield Row(text, line, BadRow("broken row", None, str(error)))
 
 
+def read_csv(file) -> Iterator[Row]:
+    """One row a record; a record of another length than the header is a bad row."""
+    reader = csv.reader(file, strict=True)
+    names = next(reader, [])
+    if len(set(names)) < len(names):
+        raise ValueError(f"two columns have one name in {names}")
+    while True:
+        try:
+            cells = next(reader, None)
+        except csv.Error as error:
+            if "unexpected end" in str(error):  # a quote never closes: what follows is lost
+                raise
+            yield Row(None, reader.line_num, BadRow("broken row", None, str(error)))
+            continue
+        if cells is None:
+            return
+        wrong = cells and len(cells) != len(names)
+        bad = BadRow("not as many cells as columns", None, cells) if wrong else None
+        if cells:
+            yield Row(dict(zip(names, cells, strict=False)), reader.line_num, bad)
+
+
 def read_rows(source, tiny, split: str, revision: str | None) -> tuple[str, list[Row]]:
     """Name and rows of a file, a bundled set, a hub id or rows in memory."""
     name = str(source) if isinstance(source, str | Path) else "rows in memory"
@@ -89,9 +107,10 @@ def read_rows(source, tiny, split: str, revision: str | None) -> tuple[str, list
         raise PreferenceDataError(f"{name}: no such file or kind, seen from {Path.cwd()}. {remedy}")
     if split != "train" and not (on_hub or name == "tiny"):
         raise PreferenceDataError(f"{name}: no split {split!r}, only 'train'. Use split_by_prompt")
-    rows, remedy = [], HUB_REMEDY if on_hub else "Correct the file; one object a line is .jsonl"
+    remedy, rows = FILE_REMEDIES.get(path.suffix.lower(), "Correct the file"), []
     try:
         if on_hub:
+            remedy = HUB_REMEDY
             source = load_dataset(name, split=split, revision=revision)
         elif name == "tiny":
             source = tiny(split=split)

@@ -9,7 +9,9 @@ from itertools import permutations, takewhile
 from dpo_utils import world
 from dpo_utils.rows import BadRow, PreferenceDataError, read_rows
 
-PREFERENCES = (  # the columns of prompt, answers, scores (or the one that lists them), system turn
+# (prompt column, answer columns, score columns, system column); a string in place of a tuple is one
+# column that holds a list or a vote, and "" says that the prompt is what the answers begin with
+PREFERENCES = (
     ("question", ("answer_0", "answer_1"), ("score_0", "score_1")),  # webgpt_comparisons
     ("", ("conversation_a", "conversation_b"), "winner"),  # chatbot_arena_conversations
     ("prompt", "responses", "scores"),
@@ -114,7 +116,8 @@ def pairs_of(values: dict, columns: dict, prompt: str, answers, scores, system=N
     texts, points = (row.get(p) if isinstance(p, str) else [row.get(c) for c in p] for p in parts)
     if not isinstance(texts, list):
         raise BadRow("wrong type", answers, texts)
-    points = ranking(points, len(texts), scores) if scores else [1, 0]
+    unscored = isinstance(scores, tuple) and "score_chosen" in scores and points == [None, None]
+    points = ranking(points, len(texts), scores) if scores and not unscored else [1, 0]
     if not prompt or (isinstance(question, str) and messages(texts[0])):
         names = answers if isinstance(answers, tuple) else [answers] * len(texts)
         question, texts = shared_beginning(list(map(as_turns, texts, names)))
@@ -123,7 +126,7 @@ def pairs_of(values: dict, columns: dict, prompt: str, answers, scores, system=N
         texts = [[{"role": "assistant", "content": text}] for text in texts]
     elif isinstance(question, dict):  # webgpt_comparisons
         question = question.get("full_text", question)
-    if row.get(system):
+    if row.get(system) and row[system] == row[system]:  # NaN is none
         question = [{"role": "system", "content": row[system]}, *question]
     if len(texts) == 1:
         return [{"prompt": question, "completion": texts[0]}]
@@ -166,11 +169,12 @@ def choose_schema(source: str, names: set, kind: tuple, columns: dict) -> tuple:
             return schema
     fields = ("prompt", "chosen", "rejected") if kind is PREFERENCES else ("prompt", "completion")
     lost = lost or {name: name for name in fields if name not in known}
-    near = {ours: difflib.get_close_matches(own, sorted(names), 1) for ours, own in lost.items()}
-    hint = columns | {ours: n[0] if n else "your name for it" for ours, n in near.items()}
+    folded = {name.casefold(): name for name in sorted(names)}
+    near = {o: difflib.get_close_matches(own.casefold(), folded, 1) for o, own in lost.items()}
+    hint = columns | {ours: folded[n[0]] if n else "your name for it" for ours, n in near.items()}
     shell = ",".join(f"{ours}={theirs}" for ours, theirs in hint.items())
     problem = f"no column {', '.join(map(repr, lost.values()))}; the columns are {sorted(names)}"
-    remedy = f"Rename, or pass columns={hint}, or set DPO_COLUMNS={shell!r}"
+    remedy = f"Rename, or pass columns={hint}, or set DPO_COLUMNS={shell!r} (--column in a shell)"
     raise PreferenceDataError(f"{source}: {problem}. {remedy}")
 
 

@@ -144,7 +144,7 @@ def collate_rows(rows, pad_id: int) -> dict[str, torch.Tensor]:
 
 
 def micro_batches(lengths, tokens: int) -> list[list[int]]:
-    """Row numbers, shortest first, in groups whose padded size is at most `tokens` (or one row)."""
+    """Indices, shortest first, in groups whose padded size is at most `tokens` (or one row)."""
     groups = []
     for i in sorted(range(len(lengths)), key=lambda i: lengths[i]):
         if groups and (len(groups[-1]) + 1) * lengths[i] <= tokens:

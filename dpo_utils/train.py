@@ -1,4 +1,4 @@
-"""SFT, DPO and KTO: three objectives, one loop, one command line.
+"""SFT, DPO and KTO in one loop; SFT and DPO also as commands.
 
 python -m dpo_utils.train {sft,dpo} --profile tiny --output DIR [--data FILE] [--steps N] [--beta B]
 """
@@ -16,11 +16,12 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import concatenate_datasets
+from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from dpo_utils import preflight
 from dpo_utils.audit import audit
-from dpo_utils.checkpoints import RunFolder, SettingsChanged, stop_signals
+from dpo_utils.checkpoints import RunFolder, SettingsChanged, digest, orderly_stop
 from dpo_utils.data import column_name, training_data
 from dpo_utils.logps import completion_logps, options_for, why_plain
 from dpo_utils.losses import kto_loss, needs_reference, preference_loss
@@ -53,7 +54,7 @@ def train_sft(model, tokenizer, demonstrations, profile, output=None, **options)
 
     The loss is the mean over the completion tokens of the whole step, in nats. Options: `fit`.
     """
-    rows, items = _items(demonstrations, tokenizer, profile, tokenize_demonstration)
+    rows, items = _items(model, demonstrations, tokenizer, profile, tokenize_demonstration)
     tokens = torch.tensor([float(len(answer)) for _, (answer,) in items])
 
     def objective(logps, numbers):
@@ -69,15 +70,14 @@ def train_dpo(
 ) -> list[dict]:
     """Train the adapter in place on preferences (prompt, chosen, rejected); returns the history.
 
-    loss: a name in `losses.LOSSES`, by default the profile's. The history has `METRICS`, under
-    TRL's names: means over the pairs of a step, where a tie is half an accurate pair. Options:
-    `fit`.
+    loss: a name in `losses.LOSSES`, by default the profile's; loss_options: its further arguments.
+    The history has `METRICS`, under TRL's names: means over the pairs of a step, where a tie is
+    half an accurate pair. Options: `fit`.
     """
     profile = replace(profile, loss=loss or profile.loss)
-    rows, items = _items(pairs, tokenizer, profile, tokenize_pair)
+    rows, items = _items(model, pairs, tokenizer, profile, tokenize_pair)
     lengths = torch.tensor([[float(len(answer)) for answer in answers] for _, answers in items])
-    settings = {"beta": profile.beta, "label_smoothing": profile.label_smoothing}
-    settings |= loss_options or {}
+    settings, more = {"label_smoothing": profile.label_smoothing}, loss_options or {}
     reference, fresh = None, options.get("fresh", False)
     if needs_reference(profile.loss):
         reference = reference_logps(model, tokenizer, items, profile, output, fresh)
@@ -85,7 +85,9 @@ def train_dpo(
     def objective(logps, numbers):
         refs = (None, None) if reference is None else reference[numbers].to(logps).T
         sides = *logps.T, *refs, *lengths[numbers].to(logps).T
-        losses, chosen, rejected = preference_loss(profile.loss, *sides, **settings)
+        losses, chosen, rejected = preference_loss(
+            profile.loss, *sides, profile.beta, **settings, **more
+        )
         margins = chosen - rejected
         tie = margins.abs() <= ROUNDING * profile.beta * logps.detach().abs().sum(-1)
         accuracies = torch.where(tie, 0.5, (margins > 0).to(margins))
@@ -102,13 +104,12 @@ def train_unpaired(
 ) -> list[dict]:
     """Train the adapter in place by KTO on single answers (prompt, completion, label: is it good).
 
-    loss_options: those of `losses.kto_loss`; kl is a constant here, 0 by default. The history's
-    rewards are means over good and over bad answers, in expectation. Options: `fit`.
+    loss_options: of `losses.kto_loss`; kl is a constant, 0 by default. The history's rewards are
+    means over good and over bad answers, in expectation. Options: `fit`.
     """
-    rows, items = _items(answers, tokenizer, profile, tokenize_demonstration)
+    rows, items = _items(model, answers, tokenizer, profile, tokenize_demonstration)
     good = torch.tensor([bool(answers[row - 1]["label"]) for row in rows])
-    share, settings = good.float().mean(), loss_options or {}
-    fresh = options.get("fresh", False)
+    share, settings, fresh = good.float().mean(), loss_options or {}, options.get("fresh", False)
     reference = reference_logps(model, tokenizer, items, profile, output, fresh)
 
     def objective(logps, numbers):
@@ -118,18 +119,19 @@ def train_unpaired(
         metrics["rewards/rejected"] = rewards * ~label / (1 - share).clamp(min=1e-9)
         return losses, metrics
 
-    known_by, ones = settings | {"labels": good.tolist()}, torch.ones(len(items))
+    known_by, ones = settings | {"labels": digest(good.tolist())}, torch.ones(len(items))
     task = Task("kto", items, rows, ones, reference, objective, known_by)
     return fit(model, tokenizer, task, profile, output, **options)
 
 
-def _items(rows, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
+def _items(model, rows, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
     """Row numbers and items of the usable rows; prints how many were dropped and why."""
     kept, dropped = tokenize_all(rows, tokenizer, profile.max_length, tokenize)
     if dropped:
         counts = sorted(Counter(reason for _, reason in dropped).items())
         reasons = ", ".join(f"{count} x {reason}" for reason, count in counts)
-        print(f"{len(kept)} rows kept, {len(dropped)} dropped: {reasons}")
+        say = Accelerator(cpu=model.device.type == "cpu").print  # once, not from every process
+        say(f"{len(kept)} rows kept, {len(dropped)} dropped: {reasons}")
     return [row["row"] for row in kept], [as_item(row) for row in kept]
 
 
@@ -151,12 +153,11 @@ def fit(
 ) -> list[dict]:
     """Train the adapter in place and return the history, one dict a step.
 
-    output: folder for history.jsonl, adapter/ and checkpoints/; run again with the same settings it
-    resumes, and a finished run is loaded, not repeated. fresh: start over. tracker: one of
-    Accelerate's. on_step: called with the history after every step. plain: force (True) or forbid
-    (False) the plain form of the log-probs.
-    Raises SettingsChanged if `output` was made with other settings, what `preflight` finds wrong,
-    and KeyboardInterrupt on a signal, after the running step and a checkpoint.
+    output: folder for history, adapter, checkpoints; run again with the same settings it resumes,
+    and a finished run is loaded, not repeated. fresh: start over. tracker: one of Accelerate's.
+    on_step: called with the history after every step. plain: force (True) or forbid (False) the
+    plain form of the log-probs. Raises SettingsChanged if `output` was made with other settings,
+    the errors of `preflight`, and KeyboardInterrupt after a signal, once a checkpoint is saved.
     """
     if not trainable(model):
         raise RuntimeError("nothing is trainable: load the adapter with is_trainable=True")
@@ -169,14 +170,14 @@ def fit(
     run = Run(model, task, profile, accelerator, optimizer, options)
     folder = RunFolder(run, output, run_key(run, tokenizer))
     folder.open(fresh)
-    if tracker:
-        config = {k: x for k, x in folder.key.items() if isinstance(x, int | float | str)}
-        accelerator.init_trackers("dpo_utils", config=config)
     model.train()
     steps = range(len(run.history) + 1, profile.steps + 1)
     start = preflight.before_first_step(run) if steps and not run.history else None
     silent = None if accelerator.is_main_process else True  # None: TQDM_DISABLE decides
-    with stop_signals() as caught:
+    if tracker:
+        config = {k: x for k, x in folder.key.items() if isinstance(x, int | float | str)}
+        accelerator.init_trackers("dpo_utils", config=config)
+    with orderly_stop(accelerator) as caught:
         for step in tqdm(steps, task.stage, profile.steps, initial=steps.start - 1, disable=silent):
             numbers = step_items(step, len(task.items), profile.batch, profile.seed)
             row = take_step(run, step, numbers)
@@ -193,8 +194,6 @@ def fit(
                 folder.save()
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step}: run again to resume")
-    for started in accelerator.trackers:  # end_training would end the process group too
-        started.finish()
     folder.close()
     return run.history
 
@@ -232,9 +231,11 @@ def _gradient(run: Run, numbers: list[int]) -> dict:
         options["micro_tokens"] //= 2
         options["row_tokens"] = min(options["row_tokens"], options["micro_tokens"])
         print(f"out of memory: micro_tokens is now {options['micro_tokens']}, same gradient")
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in weights]
-    for weight, grad in zip(weights, accelerator.reduce(grads, reduction="sum"), strict=True):
-        weight.grad = grad / scale
+    for weight in weights:
+        weight.grad = torch.zeros_like(weight) if weight.grad is None else weight.grad / scale
+    if accelerator.num_processes > 1:  # in one message
+        grads = [weight.grad for weight in weights]
+        vector_to_parameters(accelerator.reduce(parameters_to_vector(grads), "sum"), grads)
     shares = gather_object([sums])
     names = dict.fromkeys(name for share in shares for name in share)
     totals = {name: sum(share.get(name, 0.0) for share in shares) for name in names}
@@ -297,9 +298,9 @@ def main(argv=None) -> None:
         plan, reference = make_plan(profile), f"reference: {args.adapter or 'the base model'}"
         say = Accelerator(cpu=plan.device == "cpu").print
         say(describe(profile, args.stage), plan, reference, sep="\n")
-        say(f"{len(rows)} rows to train on, {len(held_out or [])} more held out by prompt")
-        noted = audit(concatenate_datasets([rows, held_out])).noted if held_out else {}
-        if found := noted.get("conflicting pair"):
+        say(f"{len(rows)} rows, {len(held_out or ())} more held out by prompt")
+        both = concatenate_datasets([rows, held_out]) if held_out else None
+        if both and (found := audit(both).noted["conflicting pair"]):
             say(f"  {len(found)} rows contradict another: see `python -m dpo_utils.audit FILE`")
         model, tokenizer = load_policy(profile, adapter=args.adapter)
         options = {"fresh": args.fresh, "tracker": args.tracker}

@@ -7,7 +7,6 @@ import errno
 import json
 import os
 import random
-import resource
 import shutil
 import signal
 import time
@@ -273,20 +272,6 @@ def test_a_write_that_is_killed_at_any_touch_of_the_disk_leaves_the_old_or_the_n
             ended(pid)
         seen.append(float(read_tensors(path)[0]["a"][0]))
     assert seen == [0.0, 0.0, 1.0, 1.0]
-
-
-def test_the_size_limit_of_a_file_is_an_error_of_the_system(tmp_path):
-    def work():
-        resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
-        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-        try:
-            write_tensors(tmp_path / "x.safetensors", {"a": torch.zeros(99)}, KEY)
-        except OSError as problem:
-            os._exit(problem.errno)
-
-    with child(work) as pid:
-        assert ended(pid) == errno.EFBIG
-    assert list(tmp_path.iterdir()) == []
 
 
 # --- the same run, or another? --------------------------------------------------------------------

@@ -310,7 +310,7 @@ def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
     own = [{"Question": f"Why {i}?", "Best Answer": "So.", "Worst": "No."} for i in range(5)]
     path = write(tmp_path / "mine.csv", own)
     mine = load_profile("tiny", dataset=str(path))
-    with pytest.raises(PreferenceDataError, match="set DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,r"):
+    with pytest.raises(PreferenceDataError, match="DPO_COLUMNS='prompt=[^,]+,chosen=[^,]+,r"):
         training_data("dpo", mine)
     monkeypatch.setenv("DPO_COLUMNS", "prompt=Question,chosen=Best Answer,rejected=Worst")
     train, held_out = training_data("dpo", mine)
@@ -318,8 +318,15 @@ def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
     with pytest.raises(PreferenceDataError, match="no column"):  # what is said in code wins
         training_data("dpo", mine, columns={"prompt": "Question"})
     monkeypatch.setenv("DPO_COLUMNS", "Question")
-    with pytest.raises(ValueError, match="DPO_COLUMNS needs OURS=THEIRS.* not 'Question'"):
+    with pytest.raises(ValueError, match="DPO_COLUMNS: 'Question' is not OURS=THEIRS"):
         training_data("dpo", mine)
+
+
+def test_a_broken_line_of_a_csv_costs_that_row_alone(tmp_path, capsys):
+    path = tmp_path / "a.csv"
+    path.write_text('prompt,chosen,rejected,from\nq,a,b,x\nr,"c"d,e,x\ns,f,g\nt,h,i,x\n')
+    kept = load_preferences(path, on_error="skip", quarantine=tmp_path / "aside")
+    assert kept["prompt"] == ["q", "t"] and "2 kept, 2 dropped" in capsys.readouterr().out
 
 
 def test_invalid_utf8_is_named_by_row_and_column(tmp_path):
@@ -341,8 +348,12 @@ def test_invalid_utf8_is_named_by_row_and_column(tmp_path):
         ("a.json", '[\n{"prompt": "a",\n "chosen" "b"}]', "delimiter: line 3 column 11"),
         ("a.json", '{"a": 1}\n{"a": 1}', "one object a line is .jsonl"),
         ("a.json", '{"rows": []}', "it holds no array of rows"),
-        ("a.csv", "a,b,c\nd,e\n", "row 2 (line 3), column 'rejected': missing value"),
-        ("a.csv", 'a,"b\nb",c\nd,e,f,g\n', "row 2 (line 4): too many cells, found ['g']"),
+        ("a.csv", "a,b,c\nd,e\n", "row 2 (line 3): not as many cells as columns, found ['d', 'e']"),
+        (
+            "a.csv",
+            'a,"b\nb",c\nd,e,f,g\n',
+            "row 2 (line 4): not as many cells as columns, found ['d'",
+        ),
         ("a.csv", 'a,b,c\nd,"e,f\ng,h,i\n', "after row 1: cannot be read, unexpected end of data"),
         ("b.csv", "prompt,chosen,chosen\na,b,c\n", "two columns have one name"),
     ],

@@ -404,7 +404,7 @@ def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
     one_line(shell(tmp_path, str(path), *named), "mine.jsonl.*row 11")
     main(shell(tmp_path, str(path), *named, "--on-error", "skip"))
     out = capsys.readouterr().out
-    assert re.search(r"\d rows to train on, \d more held out by prompt\n  2 rows contradict", out)
+    assert re.search(r"\d rows, \d more held out by prompt\n  2 rows contradict", out)
 
 
 def test_the_start_is_quiet_and_needs_no_network(tmp_path):
