@@ -17,10 +17,13 @@ export TOKENIZERS_PARALLELISM := false
 workbook: .venv/.installed
 	$(PY) -m dpo_utils.workbook --profile $(PROFILE)
 
-# Unit tests, every notebook through nbval, ruff.
+# Unit tests, next to them every notebook through nbval, then ruff.
+NBVAL := -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test: .venv/.installed
-	$(PY) -m pytest -q tests
-	$(PY) -m pytest -q -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300 notebooks
+	mkdir -p runs
+	$(PY) -m pytest -q $(NBVAL) notebooks > runs/nbval.log 2>&1 & \
+	$(PY) -m pytest -q tests; units=$$?; \
+	wait $$!; notebooks=$$?; cat runs/nbval.log; test $$units = 0 -a $$notebooks = 0
 	$(PY) -m ruff check dpo_utils tests notebooks
 	$(PY) -m ruff format --check dpo_utils tests
 
