@@ -59,7 +59,10 @@ def _in_float64(*logps):
 
 
 def dpo(c, r, beta, label_smoothing=0.0):
-    """The formula of `dpo_loss`."""
+    """The formula of `dpo_loss`; of averages per token, dpo_norm: length-normalized DPO.
+
+    dpo_norm: Lambert et al. 2024 (Tulu 3, arXiv 2411.15124), eq. 6, beta 5; TRL's sigmoid_norm.
+    """
     z = beta * (c - r)
     return -(1 - label_smoothing) * logsigmoid(z) - label_smoothing * logsigmoid(-z)
 
@@ -98,6 +101,46 @@ def apo_zero(c, r, beta):
     Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 7.
     """
     return logsigmoid(-beta * c).exp() + logsigmoid(beta * r).exp()
+
+
+def apo_down(c, r, beta):
+    """APO-down, s(beta c) + s(-z): both log-ratios fall, that of rejected further.
+
+    For a model that writes better answers than chosen; apo_zero is for one that writes worse.
+    Gradients: beta (s(beta c) s(-beta c) - s(z) s(-z)) for c, +beta s(z) s(-z) for r.
+    Source: D'Oosterlinck et al. 2024 (arXiv 2408.06266), eq. 8 plus 1, as in TRL.
+    """
+    return logsigmoid(beta * c).exp() + logsigmoid(-beta * (c - r)).exp()
+
+
+def dpop(c, r, beta, lam=50.0):
+    """DPO-Positive, -log s(y), y = z - beta lam max(0, -c), lam >= 0: chosen may not sink.
+
+    Gradients: -beta s(-y) (1 + lam where c < 0) for c, at c = 0 as DPO; +beta s(-y) for r.
+    Source: Pal et al. 2024 (arXiv 2402.13228), eq. 3; they use beta 0.3 and lam 50. Not in TRL.
+    """
+    return -logsigmoid(beta * (c - r - lam * torch.relu(-c)))
+
+
+def chipo(c, r, beta, r_max=float("inf")):
+    """Chi-squared PO, -log s(y), y = beta (f(c) - f(r)) clipped to +-2 r_max, f(x) = x + e^x.
+
+    beta weighs KL + chi^2, with chi^2 half the mean of (policy/ref - 1)^2: at c = r = 0 it acts as
+    twice DPO's beta. Gradients: -beta s(-y) (1 + e^c) for c, +beta s(-y) (1 + e^r) for r; e^x is
+    constant above x = 20, as in the paper's runs; a clipped pair, even a wrong one, has none.
+    Source: Huang et al. 2024 (arXiv 2407.13399), algorithm 1, r_max > 0. Not in TRL.
+    """
+    f_c, f_r = (x + x.clamp(max=20).exp() for x in (c, r))
+    return -logsigmoid((beta * (f_c - f_r)).clamp(-2 * r_max, 2 * r_max))
+
+
+def wpo(c, r, beta, means):
+    """WPO, e^means times DPO; means (B,) adds the mean log p per token of chosen and rejected.
+
+    Gradient: -e^means beta s(-z), none through means. Source: Zhou et al. 2024 (arXiv 2406.11827);
+    their eq. 2, TRL's use_weighting, also divides each p by the sum of p^2 over the vocabulary.
+    """
+    return means.detach().exp() * dpo(c, r, beta)
 
 
 def simpo(c, r, beta, gamma=0.5):
@@ -172,15 +215,21 @@ class Loss(NamedTuple):
     per_token: bool = False  # averages over a completion's tokens; else sums
     smoothing: bool = False  # label_smoothing
     sft: bool = False  # the SFT loss of the chosen completion
+    means: bool = False  # the policy's log-probs per token of both completions, added
 
 
 LOSSES = {
     "dpo": Loss(dpo, smoothing=True),
     "robust": Loss(robust, smoothing=True),
+    "dpo_norm": Loss(dpo, per_token=True),
+    "wpo": Loss(wpo, means=True),
+    "dpop": Loss(dpop),
+    "chipo": Loss(chipo),
     "ipo": Loss(ipo, per_token=True),
     "hinge": Loss(hinge),
     "kto": Loss(kto),
     "apo_zero": Loss(apo_zero),
+    "apo_down": Loss(apo_down),
     "simpo": Loss(simpo, reference=False, per_token=True),
     "orpo": Loss(orpo, reference=False, per_token=True),
     "cpo": Loss(with_sft, reference=False, sft=True),
@@ -212,7 +261,7 @@ def preference_loss(
     """Any loss of LOSSES from summed log-probs (B,) and completion lengths (B,), with its options.
 
     Reference log-probs may be None where needs_reference(name) is False. Gives (losses,
-    chosen_rewards, rejected_rewards), each (B,); rewards are per token for ipo, simpo and orpo.
+    chosen_rewards, rejected_rewards), each (B,); rewards are per token if the loss is.
     """
     _check_domain(beta, label_smoothing)
     logps = [policy_chosen, policy_rejected] + [ref_chosen, ref_rejected] * needs_reference(name)
@@ -226,6 +275,8 @@ def preference_loss(
         raise ValueError(f"the loss {name!r} has no label_smoothing: {remedy}")
     if loss.sft:
         options["sft"] = -logps[0] / chosen_lengths
+    if loss.means:
+        options["means"] = logps[0] / chosen_lengths + logps[1] / rejected_lengths
     if loss.per_token:
         lengths = 2 * [chosen_lengths, rejected_lengths]
         logps = [x / n for x, n in zip(logps, lengths, strict=False)]

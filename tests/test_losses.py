@@ -13,7 +13,7 @@ BETAS = [0.01, 0.1, 0.5]
 DIFFERENCES = [0.0, 1e-6, -1e-6, 1.0, -1.0, 50.0, -50.0, 1e3, -1e3, 1e4, -1e4]
 TINY = 1.2e-38  # the smallest normal float32: below it a relative error has no meaning
 mp.mp.dps = 60
-EPS, KL = mp.mpf("0.1"), mp.mpf("0.25")
+EPS, KL, STEP = mp.mpf("0.1"), mp.mpf("0.25"), mp.mpf(10) ** -25
 
 
 def sigmoid(x):
@@ -36,6 +36,10 @@ def kto(up, down, beta):
     return (2 - sigmoid(beta * (up - KL)) - sigmoid(beta * (KL - down))) / 2
 
 
+def link(log_ratio):
+    return mp.exp(log_ratio) + log_ratio
+
+
 # The papers' formulas of log-probs a (chosen), b (rejected), of their references c, d, and of beta.
 ORACLE = {
     "dpo": lambda a, b, c, d, beta: -log_sigmoid(beta * ((a - c) - (b - d))),
@@ -46,6 +50,11 @@ ORACLE = {
     "kto": lambda a, b, c, d, beta: kto(a - c, b - d, beta),
     "apo_zero": lambda a, b, c, d, beta: 1 - sigmoid(beta * (a - c)) + sigmoid(beta * (b - d)),
     "simpo": lambda a, b, c, d, beta: -log_sigmoid(beta * (a - b) - mp.mpf(0.5)),
+    "dpo_norm": lambda a, b, c, d, beta: -log_sigmoid(beta * (a - c - b + d)),
+    "wpo": lambda a, b, c, d, beta: -mp.exp((a + b) / 8) * log_sigmoid(beta * (a - c - b + d)),
+    "dpop": lambda a, b, c, d, beta: -log_sigmoid(beta * (a - c - b + d - 50 * max(0, c - a))),
+    "chipo": lambda a, b, c, d, beta: -log_sigmoid(beta * (link(a - c) - link(b - d))),
+    "apo_down": lambda a, b, c, d, beta: sigmoid(beta * (a - c)) + sigmoid(beta * (b - d - a + c)),
     "orpo": lambda a, b, c, d, beta: -a - beta * log_sigmoid(mp.log(odds(a) / odds(b))),
     "cpo": lambda a, b, c, d, beta: -log_sigmoid(beta * (a - b)) - a / 8,
     "dpo_sft": lambda a, b, c, d, beta: -log_sigmoid(beta * ((a - c) - (b - d))) - a / 8,
@@ -57,8 +66,8 @@ OPTIONS = {"kto": {"kl": 0.25}, "robust": SMOOTHED, "cdpo": SMOOTHED}
 
 
 def call(name, logps, beta):
-    """By the adapter; lengths of 1 make sums and averages the same (8 where SFT is added)."""
-    lengths = torch.tensor([8.0 if name in ("cpo", "dpo_sft") else 1.0])
+    """By the adapter; lengths of 1 make sums and averages the same (8 where both are used)."""
+    lengths = torch.tensor([8.0 if name in ("cpo", "dpo_sft", "wpo") else 1.0])
     base = name.replace("cdpo", "dpo")
     return preference_loss(base, *logps, lengths, lengths, beta, **OPTIONS.get(name, {}))
 
@@ -72,14 +81,15 @@ def close(found, exact):
 @pytest.mark.parametrize("difference", DIFFERENCES)
 def test_value_and_gradient_in_float32(name, beta, difference):
     values = (-1.5, -1.5 - difference) if difference >= 0 else (-1.5 + difference, -1.5)
-    logps = [torch.tensor([x], requires_grad=True) for x in (*values, -1.5, -1.5)]
+    logps = [torch.tensor([x], requires_grad=True) for x in (*values, -2.0, -2.0)]
     exact = [mp.mpf(x.item()) for x in logps] + [mp.mpf(str(beta))]  # what float32 made of them
     loss = call(name, logps, beta)[0]
     assert loss.dtype == torch.float32 and close(loss.item(), ORACLE[name](*exact))
     for i, slope in enumerate(torch.autograd.grad(loss.sum(), logps, allow_unused=True)):
         if slope is not None:
-            order = tuple(int(j == i) for j in range(5))
-            assert close(slope.item(), mp.diff(ORACLE[name], exact, order, h=mp.mpf(10) ** -25)), i
+            sign, place = (-1, i + 2) if name == "wpo" and i < 2 else (1, i)  # detached weights
+            order = tuple(int(j == place) for j in range(5))
+            assert close(sign * slope.item(), mp.diff(ORACLE[name], exact, order, h=STEP)), i
 
 
 @pytest.mark.parametrize("name", [n for n in LOSSES if n != "orpo"])  # averages are never so large
@@ -95,6 +105,14 @@ def test_log_odds_are_exact_at_both_ends(x):
     exact = mp.log(odds(mp.mpf(x.item())))
     assert abs(log_odds(x).item() - exact) < 1e-14 * (1 + abs(exact))
     assert torch.isfinite(torch.autograd.grad(log_odds(x), x)[0])
+
+
+def test_chipo_by_hand_where_its_margin_is_clipped_and_where_its_exponential_stops():
+    ratios = torch.tensor([[3.0, 0.0, 1e4], [0.0, 3.0, 1e4]], requires_grad=True)  # c and r
+    loss = losses.chipo(*ratios, 0.1, r_max=0.5)  # y would be 2.2, -2.2 and 0
+    assert loss.tolist() == pytest.approx([0.313262, 1.313262, 0.693147], abs=1e-6)
+    loss.sum().backward()
+    assert ratios.grad.T.flatten().tolist() == pytest.approx([0, 0, 0, 0, -0.05, 0.05])
 
 
 def test_orpo_is_finite_at_probability_one():
@@ -144,6 +162,8 @@ def test_the_adapter_averages_where_the_loss_compares_averages():
     assert preference_loss("ipo", *FOUR, *lengths, 0.1)[0] == ipo.float()
     assert preference_loss("simpo", *FOUR[:2], None, None, *lengths, 2.0)[0] == simpo.float()
     assert preference_loss("dpo", *FOUR, *lengths, 0.1)[0] == dpo_loss(*FOUR)[0]
+    loss, *rewards = preference_loss("dpo_norm", *FOUR, *lengths, 5.0)
+    assert loss == dpo_loss(*averages, beta=5.0)[0] and rewards == [1.25, -0.625]
 
 
 @pytest.mark.parametrize(
@@ -174,7 +194,7 @@ AVERAGES = [x / n for x, n in zip(SUMS, LENGTHS, strict=False)]
 
 def stub(**fields):
     """A trainer of TRL's with these settings and nothing else; its arithmetic stays TRL's own."""
-    fields = {"label_smoothing": 0.0, "alpha": 0.0, "aux_loss_enabled": False} | fields
+    fields = {"label_smoothing": 0, "alpha": 0, "aux_loss_enabled": 0, "use_weighting": 0} | fields
     accelerator = MagicMock(device="cpu", gather_for_metrics=lambda x: x)
     return MagicMock(accelerator=accelerator, **{"model.training": False}, **fields)
 
@@ -183,6 +203,7 @@ def model_of(logps, tokens):
     """A model that gives completions log-probs (N,), all on the first of so many tokens."""
     zeros = torch.zeros(len(logps), tokens)
     outputs = {"entropy": zeros, "mean_logits": zeros, "is_top1": zeros.bool()}
+    outputs["log_sum_sq_probs"] = zeros  # log 1, so that WPO's weights are the plain ones
     outputs["log_probs"] = zeros.index_copy(1, torch.tensor([0]), logps[:, None])
     return MagicMock(return_value=MagicMock(**outputs))
 
@@ -196,16 +217,17 @@ def trl_loss(**settings):
     batch = {"input_ids": mask, "completion_mask": mask}
     batch |= {"ref_chosen_logps": SUMS[2], "ref_rejected_logps": SUMS[3]}
     model = model_of(torch.cat(SUMS[:2]), tokens=12)
-    return trainer._compute_loss(stub(use_weighting=False, **settings), model, batch, False).item()
+    return trainer._compute_loss(stub(**settings), model, batch, False).item()
 
 
 @pytest.mark.parametrize("beta", BETAS)
-@pytest.mark.parametrize("name", ["dpo", "hinge", "ipo", "robust", "apo_zero"])
+@pytest.mark.parametrize("name", "dpo dpo_norm wpo hinge ipo robust apo_zero apo_down".split())
 def test_against_trl_dpo_trainer(name, beta):
     smoothing = 0.2 if name == "robust" else 0.0
-    kind = name.replace("dpo", "sigmoid")
     ours = preference_loss(name, *SUMS, *LENGTHS, beta, label_smoothing=smoothing)[0].mean()
-    theirs = trl_loss(beta=beta, loss_types=[kind], label_smoothing=smoothing)
+    kind = name.replace("wpo", "dpo").replace("dpo", "sigmoid")
+    settings = {"loss_types": [kind], "use_weighting": name == "wpo"}
+    theirs = trl_loss(beta=beta, label_smoothing=smoothing, **settings)
     assert ours.item() == pytest.approx(theirs, rel=2e-6)
 
 

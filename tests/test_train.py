@@ -90,9 +90,9 @@ def test_kto_on_single_answers_raises_good_and_lowers_bad_ones():
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains(name):
-    history, _ = dpo(None, profile(steps=3), loss=name, plain=True)
+    history, _ = dpo(None, profile(steps=4, batch=10, learning_rate=2e-4), loss=name, plain=True)
     assert all(math.isfinite(row["loss"]) and row["grad_norm"] > 0 for row in history)
-    assert history[2]["loss"] < history[0]["loss"]
+    assert history[-1]["loss"] < history[0]["loss"]
 
 
 def test_options_of_a_loss_reach_it():
