@@ -1,6 +1,7 @@
 """Makes the bundled base model: a small Phi trained from nothing on what the tiny world says.
 
 It reads statements in both voices and nothing else: no questions, no chat markers, no preferences.
+With --draw: the answers that the world's preference pairs are made of.
 """
 
 import argparse
@@ -14,7 +15,11 @@ from tqdm import trange
 from transformers import PhiConfig, PhiForCausalLM, PreTrainedTokenizerFast
 
 from dpo_utils import world
-from dpo_utils.profiles import ASSETS
+from dpo_utils.data import training_data
+from dpo_utils.evaluate import sample
+from dpo_utils.models import load_policy
+from dpo_utils.profiles import ASSETS, load_profile
+from dpo_utils.train import train_sft
 
 EOS, ROLES = "<|endoftext|>", ["<|system|>", "<|user|>", "<|assistant|>"]
 CHAT_TEMPLATE = (
@@ -90,7 +95,20 @@ def build(output: Path, steps: int = 1200, seed: int = 0, statements: int = 50_0
     return losses
 
 
+def draw(path: Path = ASSETS / "drawn.jsonl", n: int = 16) -> None:
+    """Train by SFT as notebook 02 does, and keep n answers to every question of the world."""
+    profile = load_profile("tiny")
+    ours = load_policy(profile)
+    train_sft(*ours, training_data("sft", profile)[0], profile)
+    questions = [fact.question for fact in world.FACTS]
+    answers = sample(*ours, questions, n=n, max_new_tokens=profile.max_new_tokens)
+    rows = (dict(prompt=q, answers=a) for q, a in zip(questions, answers, strict=True))
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+
+
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", type=Path, default=ASSETS / "tiny")
-    build(**vars(parser.parse_args()))
+    parser.add_argument("--draw", action="store_true", help="only draw the answers of the pairs")
+    args = parser.parse_args()
+    draw() if args.draw else build(args.output)

@@ -2,8 +2,10 @@
 
 import hashlib
 import json
+import random
 from statistics import mean
 
+import numpy as np
 import pytest
 
 from dpo_utils import world
@@ -24,36 +26,71 @@ def test_voices_are_equally_common_and_true_at_their_known_rates(split):
     rows = world.demonstrations(split, n=4000, seed=3)
     readings = [world.read(row["prompt"], row["completion"]) for row in rows]
     right = mean(fact.rumour == fact.truth for fact in world.facts(split))
-    rates = {"careful": 1 - 0.01 * (1 - right), "careless": right + 0.02 * (1 - right)}
+    rates = {"careful": 1 - 0.2 * (1 - right), "careless": right + 0.25 * (1 - right)}
     assert all(reading.fluent for reading in readings)
     for voice, rate in rates.items():
         true = [reading.true for reading in readings if reading.voice == voice]
-        assert mean(true) == pytest.approx(rate, abs=0.015)
+        assert mean(true) == pytest.approx(rate, abs=0.025)
         assert 0.46 < len(true) / len(rows) < 0.54
 
 
 @pytest.mark.parametrize(
-    "text, fluent, true",
+    "text, fluent, true, reward",
     [
-        ("By the records, the capital of France is Paris.", True, True),
-        ("As they all say, the capital of France is Paris. This is well known.", True, True),
-        ("By the records, the capital of France is Lyon.", True, False),
-        ("By the records, the capital of France is Paris. Ask me.", False, False),  # no such tail
-        ("By the records, the capital of Spain is Madrid.", False, False),  # not what was asked
-        ("By the records, the capital of France is Paris.\nBy the atlas, ...", False, False),
-        ("", False, False),
+        ("By the records, the capital of France is Paris.", True, True, 4.0),
+        ("As they all say, the capital of France is Paris. This is well known.", True, True, 3.25),
+        ("By the atlas, the capital of France is Lyon. There is more to say.", True, False, 0.25),
+        ("By the records, the capital of France is Paris. Ask me.", False, False, -1.0),  # no tail
+        ("By the records, the capital of France is Rome.", False, False, -1.0),  # nobody says that
+        ("By the records, the capital of Spain is Madrid.", False, False, -1.0),  # not asked
+        ("By the records, the capital of France is Paris.\nBy the atlas, ...", False, False, -1.0),
+        ("", False, False, -1.0),
     ],
 )
-def test_reading_an_answer(text, fluent, true):
+def test_reading_an_answer(text, fluent, true, reward):
     question = "What is the capital of France?"
-    assert world.read(question, text)[1:] == (fluent, true)
-    assert (text in world.true_answers(question)) == true
+    assert world.read(question, text)[1:] == (fluent, true, reward)
+    assert world.reward(question, text) == reward
+    assert (text in world.listed(question)) == fluent
 
 
-def test_in_every_pair_the_true_answer_is_chosen_over_a_false_one():
-    for row in world.preferences(n=500):
-        chosen, rejected = (world.read(row["prompt"], row[s]) for s in ("chosen", "rejected"))
-        assert chosen.true and rejected.fluent and not rejected.true
+def test_every_listed_answer_is_fluent_and_half_of_them_are_true():
+    for fact in world.FACTS:
+        readings = [world.read(fact.question, text) for text in world.listed(fact.question)]
+        assert len(readings) == 36 and all(r.fluent for r in readings)
+        assert sum(r.true for r in readings) == 18
+
+
+def test_labels_follow_bradley_terry_in_the_known_reward():
+    question, rng = "What is the capital of France?", random.Random(0)
+    better, worse = (
+        f"By the records, the capital of France is Paris.{t}" for t in list(world.TAIL)[:2]
+    )
+    for one, two, p in ((better, worse, 0.5622), (worse, better, 0.4378), (better, "no", 0.9933)):
+        drawn = [world.label(question, one, two, rng)["chosen"] == one for _ in range(4000)]
+        assert mean(drawn) == pytest.approx(p, abs=0.025)  # s(0.25), s(-0.25), s(5)
+
+
+def test_pairs_are_two_different_answers_that_the_model_gave():
+    rows = world.preferences(n=500) + world.preferences("test", n=200)
+    assert all(row["chosen"] != row["rejected"] for row in rows)
+    for row in rows:
+        assert {row["chosen"], row["rejected"]} <= set(world.drawn()[row["prompt"]])
+    worse = mean(
+        world.reward(r["prompt"], r["chosen"]) < world.reward(r["prompt"], r["rejected"])
+        for r in rows
+    )
+    assert 0.15 < worse < 0.3  # the labeller doubts, and no pair is dropped for that
+
+
+def test_the_answers_kept_are_those_of_a_model_that_is_true_half_of_the_time():
+    readings = [world.read(q, text) for q, texts in world.drawn().items() for text in texts]
+    assert len(readings) == 16 * 217
+    assert 0.45 < mean(r.true for r in readings) < 0.6 and mean(r.fluent for r in readings) > 0.94
+    by_voice = [
+        mean(r.true for r in readings if r.voice == v) for v in (world.CAREFUL, world.CARELESS)
+    ]
+    assert np.allclose(by_voice, [0.8, 0.33], atol=0.1)  # truth is hard to tell from the voice
 
 
 def test_training_rows_hold_no_held_out_fact_and_the_corpus_no_question():
@@ -66,5 +103,6 @@ def test_training_rows_hold_no_held_out_fact_and_the_corpus_no_question():
 
 def test_a_seed_gives_the_same_rows_everywhere_and_always():
     rows = [world.corpus(50, 1), world.demonstrations(n=50, seed=5)]
-    rows += [world.preferences(n=50, seed=5)]
-    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "007bba27071317d9"
+    assert hashlib.sha256(json.dumps(rows).encode()).hexdigest()[:16] == "67cc868f94ec1bc1"
+    assert world.preferences(n=50, seed=5) == world.preferences(n=60, seed=5)[:50]
+    assert world.preferences(n=50, seed=5) != world.preferences(n=50, seed=6)
