@@ -6,12 +6,13 @@ from scipy.special import expit
 from scipy.stats import sem
 from sklearn.feature_extraction.text import CountVectorizer
 from sklearn.linear_model import LogisticRegression
+from torch.nn.utils.rnn import pad_sequence
 
 from dpo_utils import world
 from dpo_utils.data import plain_text
 from dpo_utils.logps import all_logps, options_for
-from dpo_utils.models import as_reference
-from dpo_utils.tokens import as_item, collate_rows, encode_completion, encode_prompt, tokenize_all
+from dpo_utils.models import as_reference, unwrap
+from dpo_utils.tokens import as_item, collate_rows, encode_prompt, tokenize_all
 
 
 def bootstrap(values, statistic=np.mean, resamples: int = 2000, seed: int = 0, groups=None):
@@ -86,22 +87,56 @@ def sample_ids(
 ):
     """Seeded answers as (prompt ids, answer ids), n in a row per prompt; temperature 0 is greedy.
 
-    An answer ends with its EOS, or without one where it was cut. batch: answers at a time.
+    An answer ends with its stop token (the tokenizer's EOS or one of generation_config), or without
+    one where it was cut. batch: answers at a time. Up to rounding, answer i depends on the model,
+    its prompt, seed, i and max_new_tokens alone. Raises ValueError for logits of NaN.
     """
-    prompts = [encode_prompt(prompt, tokenizer) for prompt in prompts for _ in range(n)]
-    eos, was_training, answers = tokenizer.eos_token_id, model.training, []
-    how = {"temperature": temperature, "top_k": 0, "top_p": 1.0} if temperature > 0 else {}
-    how |= {"do_sample": temperature > 0, "max_new_tokens": max_new_tokens}
-    how |= {"eos_token_id": eos, "pad_token_id": tokenizer.pad_token_id}
+    prompts = [ids for prompt in prompts for ids in [encode_prompt(prompt, tokenizer)] * n]
+    uniforms = np.random.default_rng(seed).random((len(prompts), max_new_tokens))
+    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))  # so that little is padded
+    was_training, answers = model.training, {}
     model.eval()
-    torch.manual_seed(seed)
-    for start in range(0, len(prompts), batch):
-        rows = {"input_ids": prompts[start : start + batch]}
-        rows = tokenizer.pad(rows, padding_side="left", return_tensors="pt").to(model.device)
-        answers += model.generate(**rows, **how)[:, rows["input_ids"].shape[1] :].tolist()
+    for start in range(0, len(order), batch):
+        some = order[start : start + batch]
+        rows = [prompts[i] for i in some], torch.tensor(uniforms[some], device=model.device)
+        answers |= zip(some, _draw(unwrap(model), tokenizer, *rows, temperature), strict=True)
     model.train(was_training)
-    answers = [ids[: ids.index(eos) + 1] if eos in ids else ids for ids in answers]
-    return list(zip(prompts, answers, strict=True))
+    return [(prompt, answers[i]) for i, prompt in enumerate(prompts)]
+
+
+def _draw(model, tokenizer, prompts, uniforms, temperature) -> list[list[int]]:
+    """Answers to N prompts by inverting the CDF of every next token at the uniforms, (N, T).
+
+    Answers that are the same so far, at first all those to one prompt, share a row of the batch.
+    """
+    stop = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)}
+    ids = [torch.tensor([ids, [1] * len(ids)]).T for ids in prompts]  # id and mask: (tokens, 2)
+    ids = pad_sequence(ids, padding_side="left").permute(2, 1, 0).to(model.device)  # (2, N, L)
+    (tokens, mask), rows = ids.unique(dim=1, return_inverse=True)  # (rows, L) each; (N,)
+    cache, running = None, torch.arange(len(prompts), device=model.device)
+    answers = torch.full_like(uniforms, -1, dtype=torch.long)
+    for step in range(uniforms.shape[1]):
+        places = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
+        how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
+        out = model(tokens, attention_mask=mask, position_ids=places, **how)
+        cache, logits = out.past_key_values, out.logits[rows, -1].float()  # (running, V)
+        if not logits.amax(-1).isfinite().all():
+            raise ValueError("the logits are NaN: the weights diverged, lower the learning rate")
+        drawn = logits.argmax(-1)
+        if temperature > 0:
+            cdf = (logits / temperature).softmax(-1).cumsum(-1, dtype=torch.float64)
+            u = uniforms[running, step, None] * cdf[:, -1:]  # rounding: the last is not quite 1
+            drawn = torch.searchsorted(cdf, u, right=True)[:, 0]
+        answers[running, step] = drawn
+        goes_on = [k for k, token in enumerate(drawn.tolist()) if token not in stop]
+        if not goes_on:
+            break
+        running, drawn = running[goes_on], torch.stack([rows, drawn])[:, goes_on]
+        (old_rows, tokens), rows = drawn.unique(dim=1, return_inverse=True)
+        if old_rows.tolist() != list(range(len(mask))):
+            cache.reorder_cache(old_rows)
+        tokens, mask = tokens[:, None], torch.cat([mask, mask[:, -1:]], 1)[old_rows]
+    return [row[row >= 0].tolist() for row in answers]
 
 
 def world_scores(model, tokenizer, profile, *, n=4, seeds=(0, 1, 2), temperature=1.0) -> dict:
@@ -115,18 +150,6 @@ def world_scores(model, tokenizer, profile, *, n=4, seeds=(0, 1, 2), temperature
     read = [[world.read(question, text) for text in texts] for question, texts in answers]
     judged = [[(r.true, r.fluent, r.voice == world.CAREFUL) for r in row] for row in read]
     return dict(zip(("true", "fluent", "careful"), np.moveaxis(judged, 2, 0) * 1.0, strict=True))
-
-
-def true_probability(model, tokenizer, profile, questions) -> np.ndarray:
-    """(questions,): the probability of a fluent and true answer at temperature 1.
-
-    The true sentences can be listed; their probabilities are added, each cut into tokens in one way
-    only: a lower bound, tight in practice.
-    """
-    answers = [[encode_completion(a, tokenizer) for a in world.true_answers(q)] for q in questions]
-    items = [(encode_prompt(q, tokenizer), a) for q, a in zip(questions, answers, strict=True)]
-    logps = all_logps(model, items, **options_for(profile, tokenizer))  # (questions, answers)
-    return logps.double().exp().sum(1).numpy()
 
 
 @torch.no_grad()

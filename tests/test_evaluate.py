@@ -1,21 +1,21 @@
 """Numbers of the evaluation against enumeration, hand and brute force."""
 
+from contextlib import nullcontext
 from itertools import product
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize
 from scipy.special import expit
+from scipy.stats import chisquare
 from small import SHAPE, random_items, small_model
 
 from dpo_utils import evaluate as E
-from dpo_utils import world
-from dpo_utils.experiments import limits as L
+from dpo_utils import exact, world
 from dpo_utils.logps import plain_logps
-from dpo_utils.models import as_reference, load_policy, trainable
-from dpo_utils.tokens import encode_completion, encode_prompt
+from dpo_utils.models import as_reference, load_policy, trainable, unwrap
+from dpo_utils.tokens import encode_prompt
 
 RNG = np.random.default_rng(0)
 QUESTIONS = [fact.question for fact in world.facts("test")]
@@ -83,21 +83,65 @@ def test_samples_are_seeded_and_end_in_one_eos_or_are_cut(bundled):
     assert texts[2][1] == tokenizer.decode(one[7][1], skip_special_tokens=True).strip()
 
 
-def test_greedy_answers_do_not_depend_on_their_neighbours(bundled):
-    options = {"temperature": 0, "max_new_tokens": 16}
-    together = E.sample_ids(*bundled, QUESTIONS[::5], **options)  # prompts of all lengths
-    assert together == [E.sample_ids(*bundled, [q], **options)[0] for q in QUESTIONS[::5]]
+@pytest.fixture
+def from_ids(monkeypatch):
+    """A function (model, prompts as ids, ...) -> answers as ids; ids end with 2."""
+    monkeypatch.setattr(E, "encode_prompt", lambda prompt, tokenizer: prompt)
+    return lambda model, *how, **options: [
+        answer
+        for _, answer in E.sample_ids(model, SimpleNamespace(eos_token_id=2), *how, **options)
+    ]
 
 
-def test_the_probability_of_truth_is_a_sum_and_the_rate_among_samples(bundled, tiny):
-    model, tokenizer = bundled
-    p, n = E.true_probability(model, tokenizer, tiny, QUESTIONS), 12
-    answers = [encode_completion(text, tokenizer) for text in world.true_answers(QUESTIONS[5])]
-    with torch.no_grad():
-        items = [(encode_prompt(QUESTIONS[5], tokenizer), answers)]
-        logps = plain_logps(model, items, tokenizer.pad_token_id)
-    assert p[5] == pytest.approx(logps.double().exp().sum().item(), rel=1e-4)
-    scores = E.world_scores(model, tokenizer, tiny)
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "llama", "qwen3"])
+def test_answers_depend_on_seed_and_number_alone_and_no_token_is_read_twice(kind, from_ids):
+    model, prompts, rows = small_model(kind), [prompt for prompt, _ in random_items(5)], []
+    unwrap(model).register_forward_pre_hook(lambda _, args: rows.extend(args[0]))
+    drawn = from_ids(model, prompts, 3, max_new_tokens=9)
+    begun = {(i // 3, *ids[:t]) for i, ids in enumerate(drawn) for t in range(len(ids))}
+    assert len(rows) == len(begun) < sum(map(len, drawn)) < 15 * 9
+    for batch in (1, 4):
+        assert from_ids(model, prompts, 3, max_new_tokens=9, batch=batch) == drawn
+    assert from_ids(model, prompts[:2], 3, max_new_tokens=9) == drawn[:6]
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "phi", "llama", "qwen3"])
+def test_greedy_answers_are_those_of_generate_and_end_at_every_stop_token(kind, from_ids):
+    model, prompts, found = small_model(kind), [prompt for prompt, _ in random_items(5)], []
+    how = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 2}
+    for adapter in (nullcontext, model.disable_adapter):
+        with adapter():
+            found.append(from_ids(model, prompts, temperature=0, max_new_tokens=9))
+            for prompt, answer in zip(prompts, found[-1], strict=True):
+                ids = torch.tensor([prompt])
+                whole = model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), **how)
+                assert whole[0].tolist() == prompt + answer
+    assert found[0] != found[1]
+    answer = found[0][0]
+    for stop in (answer[3], [2, answer[3]]):
+        unwrap(model).generation_config.eos_token_id = stop
+        cut = from_ids(model, prompts[:1], temperature=0, max_new_tokens=9)
+        assert cut == [answer[: answer.index(answer[3]) + 1]]
+
+
+def test_draws_follow_the_policy_and_the_temperature_not_the_generation_config(from_ids):
+    model, n = small_model("llama", vocab_size=5), 20_000
+    unwrap(model).generation_config.update(do_sample=True, top_k=1, repetition_penalty=9.0)
+    outcomes = [[2], *map(list, product([0, 1, 3, 4], range(5)))]  # 2 ends an answer
+    drawn = from_ids(model, [[3, 4]], n, max_new_tokens=2, batch=n)
+    p = np.exp(both_logps(model, [([3, 4], answer) for answer in outcomes])[0])
+    assert chisquare([drawn.count(answer) for answer in outcomes], n * p).pvalue > 0.001
+    p = np.exp(both_logps(model, [([3, 4], [token]) for token in range(5)])[0]) ** 2
+    drawn = np.ravel(from_ids(model, [[3, 4]], n, 0.5, max_new_tokens=1, batch=n))
+    assert chisquare(np.bincount(drawn, minlength=5), n * p / p.sum()).pvalue > 0.001
+    trainable(model)[-1].data.fill_(torch.nan)
+    with pytest.raises(ValueError, match="lower the learning rate"):
+        from_ids(model, [[3, 4]], max_new_tokens=1)
+
+
+def test_sampled_answers_are_true_as_often_as_their_probabilities_say(bundled, tiny):
+    p = (exact.probabilities(*bundled, tiny, QUESTIONS) * exact.truths(QUESTIONS)).sum(1)
+    scores, n = E.world_scores(*bundled, tiny), 12
     assert scores["true"].shape == scores["fluent"].shape == (len(QUESTIONS), n)
     error = np.sqrt((p * (1 - p) / n).sum()) / len(p)
     assert 0.1 < p.mean() < 0.9 and abs(scores["true"].mean() - p.mean()) < 4 * error
@@ -151,30 +195,6 @@ def test_the_estimates_agree_on_samples_of_the_policy(tiny):
         assert abs(gap) < 4 * error, name
     assert E.mean_and_error([1.0, 2.0, 6.0]) == pytest.approx((3.0, (7 / 3) ** 0.5))
     assert E.mean_and_error([3.0]) == (3.0, 0.0)
-
-
-@pytest.mark.parametrize("tilt", [-1.0, 0.7, 3.0])
-def test_no_other_way_to_the_same_rate_is_cheaper(tilt):
-    p0 = np.array([0.05, 0.3, 0.5, 0.9])
-    (rate,), (least,) = L.least_kl(p0, [tilt])
-    same_rate = {"type": "eq", "fun": lambda p: p.mean() - rate}
-    bounds = [(1e-6, 1 - 1e-6)] * 4
-    fit = minimize(
-        lambda p: L.binary_kl(p, p0).mean(), p0, bounds=bounds, constraints=same_rate, tol=1e-12
-    )
-    assert fit.success and least == pytest.approx(fit.fun, rel=1e-4)
-    assert np.isfinite(L.least_kl([0, 1], [tilt])).all() and L.binary_kl(1, 0.5) == np.log(2)
-    assert L.above_limit(rate, least + 0.3, p0) == pytest.approx(0.3, abs=1e-5)
-
-
-def test_best_of_n_as_simulated():
-    answers = np.array([0.1, 0.15, 0.4, 0.35])  # the first two are true
-    drawn = RNG.choice(4, size=(200_000, 3), p=answers)
-    kept = drawn[np.arange(len(drawn)), (drawn < 2).argmax(1)]  # the first true one, else the first
-    found = np.bincount(kept) / len(kept)
-    rate, kl = L.best_of_n([0.25], 3)
-    assert rate == pytest.approx((kept < 2).mean(), abs=0.005)
-    assert kl == pytest.approx(np.sum(found * np.log(found / answers)), abs=0.01)
 
 
 def test_margins_of_the_right_size_are_calibrated_and_others_are_not():
