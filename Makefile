@@ -5,7 +5,7 @@ PY := .venv/bin/python
 export HF_HUB_DISABLE_TELEMETRY := 1
 export TOKENIZERS_PARALLELISM := false
 
-.PHONY: workbook test lab refresh bench report
+.PHONY: workbook test lab refresh study bench report
 .DEFAULT_GOAL := workbook
 
 .venv/.installed: pyproject.toml constraints.txt
@@ -33,6 +33,14 @@ lab: .venv/.installed
 # Run the notebooks on the tiny profile and put their outputs and figures back, for committing.
 refresh: .venv/.installed
 	$(PY) -m dpo_utils.workbook --fresh --refresh
+
+# Notebooks 05 to 07 with three seeds; their tables go to the end of figures/README.md.
+STUDY := DPO_SEEDS=3 DPO_TABLES=$(CURDIR)/runs/study.md DPO_FIGURES=$(CURDIR)/runs/figures
+study: .venv/.installed
+	mkdir -p runs && echo > runs/study.md
+	$(STUDY) $(PY) -m dpo_utils.workbook 05 06 07
+	sed '/^<!-- make study -->/q' figures/README.md > runs/head.md
+	cat runs/head.md runs/study.md > figures/README.md
 
 # Before and after over three seeds: make report PROFILE=smollm2 [ARGS='--name mine --data pairs.jsonl']
 report: .venv/.installed

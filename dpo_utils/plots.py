@@ -129,19 +129,35 @@ def interval_bars(results: dict, ax=None, unit: str = "share", marks=()):
     return ax
 
 
-def frontier(points: dict[str, list[tuple]], limit=None):
-    """Reward against KL, a colour for each first word of the names; `limit`: (kls, rates)."""
+def name_lines(ax, ends: dict) -> None:
+    """Write names at the ends of lines, {name: (x, y, colour)}, apart enough to be read."""
+    low, gap = -np.inf, 0.05 * np.diff(ax.get_ylim())[0]
+    for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
+        low = max(y, low + gap)
+        where = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
+        ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
+
+
+def frontier(paths: dict[str, list[tuple]], limit, best_of=None):
+    """Reward against KL: {name: [(kl, reward) in the order of the steps]}, labelled at the ends.
+
+    limit: (kls, rewards) that no policy passes; best_of: {n: (kl, reward)} of best-of-n sampling.
+    """
     ax = _axes(None, 7.2, 4.2)
-    if limit is not None:
-        ax.plot(*limit, color="black", linewidth=1, label="exact limit")
-    families = list(dict.fromkeys(name.split()[0] for name in points))
-    for i, (name, places) in enumerate(points.items()):
-        look = {"color": f"C{families.index(name.split()[0])}", "marker": "osD^vP*X"[i % 8]}
-        ax.scatter(*zip(*places, strict=True), s=24, alpha=0.75, label=name, **look)
+    ax.plot(*limit, color="black", linewidth=1)
+    ax.fill_between(*limit, ax.get_ylim()[1], color=GREY, alpha=0.12, linewidth=0)
+    end = {"xytext": (0, 5), "textcoords": "offset points", "ha": "right"}
+    ax.annotate("exact limit", (limit[0][-1], limit[1][-1]), **end)
+    for n, place in (best_of or {}).items():
+        ax.plot(*place, "k+", markersize=9)
+        ax.annotate(f"best of {n}", place, (5, -11), textcoords="offset points", fontsize=8)
+    for i, places in enumerate(paths.values()):
+        ax.plot(*zip(*places, strict=True), "o-", color=f"C{i}", markersize=4)
+    name_lines(ax, {n: (*places[-1], f"C{i}") for i, (n, places) in enumerate(paths.items())})
     ax.set_xlabel("KL(policy ‖ reference), nats per answer (square-root scale)")
-    ax.set_ylabel("probability of a true answer")
+    ax.set_ylabel("expected reward")
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    ax.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    ax.set_xlim(0, None)
     return ax
 
 

@@ -43,3 +43,11 @@ def test_save_figure_writes_picture_and_numbers(tmp_path, monkeypatch):
         "n": [2, None],
         "a": [0, 1],
     }
+
+
+def test_the_frontier_joins_the_steps_in_their_order_and_keeps_names_apart():
+    paths = {"a": [(0.0, 1.0), (2.0, 3.0), (1.0, 2.0)], "b": [(0.0, 1.0), (1.0, 2.0)]}
+    ax = plots.frontier(paths, ([0.0, 4.0], [1.0, 5.0]), {2: (1.0, 3.0)})
+    assert ax.lines[2].get_xydata().tolist() == [list(place) for place in paths["a"]]
+    heights = {text.get_text(): text.xy[1] for text in ax.texts}
+    assert abs(heights["a"] - heights["b"]) > 0.1 and {"exact limit", "best of 2"} <= {*heights}

@@ -1,1 +1,1 @@
-"""What only notebooks 05 and 06 need: grids of runs, REINFORCE, limits, the report, TruthfulQA."""
+"""What only notebooks 05 to 07 need, and the reports: runs, REINFORCE, control, TruthfulQA."""

@@ -1,34 +1,41 @@
-"""Many small runs under equal conditions: same start, same steps, same measures."""
+"""Many small runs in the tiny world under equal conditions: same start, same steps, same measures.
+
+`DPO_SEEDS=3` repeats every run with three seeds; `make study` does that and keeps the tables.
+"""
 
 import json
 import os
-import random
+import signal
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+import torch
 from scipy.stats import t
 
-from dpo_utils import evaluate, world
+from dpo_utils import evaluate, exact, world
 from dpo_utils.checkpoints import digest, write_file
 from dpo_utils.experiments.reinforce import train_reinforce
 from dpo_utils.models import load_policy
-from dpo_utils.train import train_dpo, train_sft, train_unpaired, training_data
+from dpo_utils.train import train_dpo, train_sft, train_unpaired
 
-SEEDS = {"reduced": (0,), "full": (0, 1, 2)}
-SIZES = {"reduced": (48, 20, 2), "full": (150, 64, 4)}  # held-out pairs, questions, answers to each
 METHODS = {"preferences": train_dpo, "chosen": train_sft, "thumbs": train_unpaired}
 METHODS["reinforce"] = train_reinforce
-SHOWN = ["true", "fluent", "kl", "accuracy", "tokens"]  # in `table`, where they were measured
+SHOWN = ["reward", "true", "fluent", "kl", "accuracy", "tokens"]  # in `table`
 
 
-def grid() -> str:
-    """`reduced`, or what `DPO_GRID` says: `full` takes every setting and three seeds."""
-    name = os.environ.get("DPO_GRID", "reduced")
-    if name not in SEEDS:
-        raise ValueError(f"DPO_GRID is {name!r}: it can be {' or '.join(SEEDS)}")
-    return name
+def seeds() -> range:
+    """The seeds of every recipe: 0 alone, or as many as `DPO_SEEDS` says."""
+    return range(int(os.environ.get("DPO_SEEDS") or 1))
+
+
+def draw_pairs(seed: int) -> list[dict]:
+    """The world's pairs of a seed, as many as 20 steps of 16 read in one epoch."""
+    return world.preferences(n=320, seed=seed)
 
 
 @dataclass(frozen=True)
@@ -37,11 +44,117 @@ class Recipe:
 
     name: str  # in tables and figures
     changes: dict = field(default_factory=dict)  # fields of the profile: beta, loss, steps, ...
+    data: Callable[[int], list[dict]] = draw_pairs  # seed -> the rows that it trains on
     method: str = "preferences"  # or chosen (SFT on the chosen answers), thumbs, reinforce
-    noise: float = 0.0  # share of the pairs with a flipped label; at 0.5 labels say nothing
-    pairs: int | None = None  # train on this many pairs only: more epochs in the same steps
-    downs: float = 1.0  # share of the thumbs down that are kept
     options: dict = field(default_factory=dict)  # of what trains, as loss_options
+    at: tuple[int, ...] = ()  # steps at which to measure, next to the last one
+    mass: bool = False  # measure also where the probability goes on the first 24 questions
+
+
+class Lab:
+    """One loaded model, the SFT adapter from which every run starts, and a folder of results."""
+
+    def __init__(self, profile, adapter, folder):
+        self.profile, self.folder = profile, Path(folder)
+        self.pool = ProcessPoolExecutor(  # a process a core; each loads the model at its first run
+            os.cpu_count(), get_context("spawn"), _open, (profile, adapter, folder)
+        )
+        self.model, self.tokenizer = self.ours = load_policy(profile, adapter=adapter)
+        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
+        self.start = {name: p.detach().clone() for name, p in trained}
+        self.questions = [fact.question for fact in world.facts("test")][::3]
+        self.reward, self.true = exact.rewards(self.questions), exact.truths(self.questions)
+        self.tokens = exact.lengths(self.questions, self.tokenizer)
+        self.ref = self.probabilities(self.questions)
+        self.pairs = exact.labelled(self.ref, self.reward)
+
+    def probabilities(self, questions) -> np.ndarray:
+        """(questions, 37): of the policy as it is now, see `exact`."""
+        return exact.probabilities(*self.ours, self.profile, questions)
+
+    def measure(self, beta) -> dict[str, float]:
+        """What is exact, over held-out questions and the listed answers, see `exact`.
+
+        reward; true and fluent (probabilities); kl (nats per answer, from the reference); kl_best
+        (to the optimum at beta); tokens of a fluent answer. For pairs that the reference draws and
+        the world labels: accuracy of the implicit reward; margin, chosen, rejected, log-ratios.
+        """
+        p = self.probabilities(self.questions)
+        ratio = np.log(np.maximum(p, 1e-300) / self.ref)
+        found = {"reward": exact.expected(p, self.reward), "true": exact.expected(p, self.true)}
+        found |= {"fluent": 1 - p[:, -1].mean(), "kl": exact.kl(p, self.ref)}
+        found["kl_best"] = exact.kl(p, exact.optimum(self.ref, self.reward, beta))
+        found["tokens"] = ((p * self.tokens).sum(1) / (1 - p[:, -1])).mean()
+        found["accuracy"] = exact.accuracy(self.pairs, ratio)
+        found["chosen"] = exact.expected(self.pairs.sum(2), ratio)
+        found["rejected"] = exact.expected(self.pairs.sum(1), ratio)
+        found["margin"] = found["chosen"] - found["rejected"]
+        return {name: float(value) for name, value in found.items()}
+
+    def run(self, recipe: Recipe, seed: int = 0, rows=None) -> dict:
+        """Train by the recipe, or read what an earlier run gave: its `points` and `history`.
+
+        A point is what `measure` gives, at the last step and at the steps in `at`. Results are kept
+        under a key of all that they depend on, so a grid that was stopped goes on where it was.
+        rows: what the recipe's data gives, where that is known.
+        """
+        rows, points = rows or recipe.data(seed), []
+        asked = list({row["prompt"]: row for row in rows}.values())[:24]
+        profile = replace(self.profile, seed=seed, **recipe.changes)
+        steps = sorted({*recipe.at, profile.steps})
+        settings = repr((recipe.method, recipe.options, recipe.mass, profile, steps, rows))
+        path = self.folder / f"{digest(settings, self.start)}.json"
+        if path.exists():
+            return {**json.loads(path.read_text(encoding="utf-8")), "name": recipe.name}
+        if recipe.method not in METHODS:
+            raise ValueError(f"recipe {recipe.name!r}: there is no method {recipe.method!r}")
+
+        def look(history):
+            if len(history) in steps:
+                points.append({"step": len(history), **self.measure(profile.beta)})
+                if recipe.mass:
+                    p = self.probabilities([row["prompt"] for row in asked])
+                    points[-1] |= exact.masses(p, asked)
+
+        self.model.load_state_dict(self.start, strict=False)  # the policy is the reference again
+        equal = replace(profile, sft_steps=profile.steps, sft_batch=profile.batch)
+        equal = replace(equal, sft_learning_rate=profile.learning_rate)
+        if recipe.method == "chosen":
+            rows = [{"prompt": row["prompt"], "completion": row["chosen"]} for row in rows]
+        look([])
+        train = METHODS[recipe.method]
+        history = train(*self.ours, rows, equal, on_step=look, **recipe.options)
+        result = {"name": recipe.name, "seed": seed, "points": points, "history": history}
+        write_file(path, json.dumps(result).encode())
+        return result
+
+    def run_all(self, recipes, title="") -> dict[str, list[dict]]:
+        """{recipe's name: its runs, one per seed}, several at a time; prints how they ended.
+
+        `DPO_TABLES` names a file to which the table is added too.
+        """
+        jobs = [(r, seed, r.data(seed)) for r in recipes for seed in seeds()]
+        jobs = [(replace(recipe, data=None), seed, rows) for recipe, seed, rows in jobs]
+        results = {}
+        for run in self.pool.map(_run, *zip(*jobs, strict=True)):
+            results.setdefault(run["name"], []).append(run)
+        shown = table(results, title)
+        if path := os.environ.get("DPO_TABLES"):
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(f"\n```\n{shown}\n```\n")
+        print(shown)
+        return results
+
+
+def _open(*given):
+    global LAB  # of a worker process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's own process ends the pool
+    torch.set_num_threads(1)
+    LAB = Lab(*given)
+
+
+def _run(*job):
+    return LAB.run(*job)
 
 
 def thumbs(pairs, downs: float = 1.0) -> list[dict]:
@@ -52,86 +165,6 @@ def thumbs(pairs, downs: float = 1.0) -> list[dict]:
         if int((i + 1) * downs) > int(i * downs):
             rows.append({**rows[-1], "completion": pair["rejected"], "label": False})
     return rows
-
-
-class Lab:
-    """One loaded model, the SFT adapter from which every run starts, and a folder of results."""
-
-    def __init__(self, profile, adapter, folder):
-        pairs, questions, self.answers = SIZES[grid()]
-        self.profile, self.folder, self.known = profile, Path(folder), profile.dataset == "tiny"
-        self.model, self.tokenizer = self.ours = load_policy(profile, adapter=adapter)
-        trained = ((name, p) for name, p in self.model.named_parameters() if p.requires_grad)
-        self.start = {name: p.detach().clone() for name, p in trained}
-        self.train, held_out = training_data("dpo", profile)
-        self.held_out = held_out.select(range(min(pairs, len(held_out))))
-        prompts = {str(prompt): prompt for prompt in self.held_out["prompt"]}
-        self.questions = list(prompts.values())[:questions]
-
-    def measure(self, profile) -> dict[str, float]:
-        """Means over held-out pairs, and over answers to held-out questions.
-
-        kl: nats per answer, from the reference. tokens: length. accuracy: of implicit rewards, ties
-        half. margin, chosen, rejected: log-ratios in nats. In the tiny world also true (probability
-        of a true answer) and fluent (share of the answers).
-        """
-        room = profile.max_new_tokens
-        drawn = evaluate.sample_ids(*self.ours, self.questions, self.answers, max_new_tokens=room)
-        kl = evaluate.sampled_kl(*self.ours, drawn)
-        pairs = evaluate.preference_table(*self.ours, self.held_out, profile)
-        ratios = {side: pairs[f"{side}_rewards"] / profile.beta for side in ("chosen", "rejected")}
-        found = {"kl": kl["full"], "tokens": kl["tokens"], **ratios}
-        found["accuracy"] = evaluate.wins(pairs["margins"], 0)
-        found["margin"] = pairs["margins"] / profile.beta
-        if self.known:
-            found["true"] = evaluate.true_probability(*self.ours, profile, self.questions)
-            texts = self.tokenizer.batch_decode([ids for _, ids in drawn], skip_special_tokens=True)
-            asked = zip(np.repeat(self.questions, self.answers), texts, strict=True)
-            found["fluent"] = [world.read(q, text.strip()).fluent for q, text in asked]
-        return {name: float(np.mean(values)) for name, values in found.items()}
-
-    def rows(self, recipe: Recipe, seed: int) -> list[dict]:
-        """What a recipe trains on: pairs or thumbs; in the tiny world every seed draws its own."""
-        pairs = world.preferences("train", seed=seed) if self.known else list(self.train)
-        pairs, rng = [dict(pair) for pair in pairs[: recipe.pairs]], random.Random(seed)
-        for pair in pairs:
-            if rng.random() < recipe.noise:
-                pair["chosen"], pair["rejected"] = pair["rejected"], pair["chosen"]
-        downs = {"chosen": 0.0, "thumbs": recipe.downs}.get(recipe.method)
-        return pairs if downs is None else thumbs(pairs, downs)
-
-    def run(self, recipe: Recipe, seed: int = 0, at=()) -> dict:
-        """Train by the recipe, or read what an earlier run gave: its `points` and `history`.
-
-        A point is what `measure` gives, at the last step and at the steps in `at`. Results are kept
-        under a key of all that they depend on, so a grid that was stopped goes on where it was.
-        """
-        profile, points = replace(self.profile, seed=seed, **recipe.changes), []
-        steps = sorted({*at, profile.steps})
-        settings = repr((replace(recipe, name=""), profile, steps, SIZES[grid()]))
-        path = self.folder / f"{digest(settings, self.start)}.json"
-        if path.exists():
-            return {**json.loads(path.read_text(encoding="utf-8")), "name": recipe.name}
-        if recipe.method not in METHODS:
-            raise ValueError(f"recipe {recipe.name!r}: there is no method {recipe.method!r}")
-
-        def look(history):
-            if len(history) in steps:
-                points.append({"step": len(history), **self.measure(profile)})
-
-        self.model.load_state_dict(self.start, strict=False)  # the policy is the reference again
-        equal = replace(profile, sft_steps=profile.steps, sft_batch=profile.batch)
-        given = (*self.ours, self.rows(recipe, seed), equal)
-        history = METHODS[recipe.method](*given, on_step=look, **recipe.options)
-        result = {"name": recipe.name, "seed": seed, "points": points, "history": history}
-        write_file(path, json.dumps(result).encode())
-        return result
-
-    def run_all(self, recipes, at=()) -> dict[str, list[dict]]:
-        """{recipe's name: its runs, one per seed of `grid()`}; prints how each of them ended."""
-        results = {r.name: [self.run(r, seed, at) for seed in SEEDS[grid()]] for r in recipes}
-        print(table(results))
-        return results
 
 
 def last(runs, key: str) -> list[float]:
@@ -146,7 +179,7 @@ def across_seeds(values) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def table(results: dict) -> str:
+def table(results: dict, title="") -> str:
     """How runs ended, one line per recipe: means, and half the interval over several seeds."""
 
     def cell(values):
@@ -155,5 +188,4 @@ def table(results: dict) -> str:
 
     ends = [{"recipe": n, **run["points"][-1]} for n, runs in results.items() for run in runs]
     measured = pd.DataFrame(ends).groupby("recipe", sort=False)
-    shown = measured[[key for key in SHOWN if key in ends[0]]].agg(cell)
-    return shown.rename_axis(None).to_string()
+    return measured[SHOWN].agg(cell).rename_axis(title or None).to_string()
