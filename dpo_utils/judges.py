@@ -1,8 +1,11 @@
 """Which of two answers is better? Asked blind and in both orders; a contradiction is a tie.
 
 A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"`; it never learns who wrote what.
+
+python -m dpo_utils.judges pairs PROMPTS --judge {reward,logprob,URL} [--adapter DIR] [--output ...]
 """
 
+import argparse
 import json
 import os
 import random
@@ -14,20 +17,23 @@ import httpx
 import ipywidgets
 import numpy as np
 import torch
+from tqdm import tqdm
 
-from dpo_utils.checkpoints import write_file
-from dpo_utils.data import fold, load_preferences
-from dpo_utils.evaluate import bootstrap
+from dpo_utils import world
+from dpo_utils.checkpoints import digest, write_file
+from dpo_utils.data import columns_asked_for, fold, load_preferences
+from dpo_utils.evaluate import bootstrap, sample
 from dpo_utils.logps import plain_logps
+from dpo_utils.models import load_policy, trainable
 from dpo_utils.plots import live
+from dpo_utils.profiles import load_profile
 from dpo_utils.tokens import encode_completion, encode_prompt
 
 SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}
+PROMPTS = (("prompt", ("prompt",), ()),)  # the schema of a file of which only prompts are read
 PAUSES = (0, 1, 2, 4)  # seconds before each try of an endpoint
-ASK = (
-    "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better: more "
-    "truthful, more helpful, better written? Reply with one letter, A or B{tie}."
-)
+ASK = "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better: more "
+ASK += "truthful, more helpful, better written? Reply with one letter, A or B{tie}."
 
 
 class JudgeError(RuntimeError):
@@ -38,11 +44,11 @@ def compare(judge, prompts, first, second) -> list[dict]:
     """Ask about every pair of answers (lists of texts) in both orders; gives a row for each prompt.
 
     Row: `score` of the first answer (1 won, 0 lost, 0.5 tie), `agreed` (both orders gave the same
-    winner), `length` (characters of first minus second). Equal answers are a tie, without asking.
+    winner), `length` (characters of first minus second). Look-alikes are a tie, without asking.
     """
     rows = []
     for prompt, one, two in zip(prompts, first, second, strict=True):
-        orders = [] if one == two else [(one, two), (two, one)]
+        orders = [] if fold(one) == fold(two) else [(one, two), (two, one)]
         verdicts = [judge(prompt, *order) for order in orders] or ["tie", "tie"]
         if not set(verdicts) <= set(SCORES):
             raise JudgeError(f"the judge said {verdicts} to {prompt[:50]!r}: return A, B or tie")
@@ -111,18 +117,14 @@ def http_judge(url, model, *, timeout=30.0):
                 if 300 <= (status := reply.status_code) < 500 and status != 429:
                     remedy = "check the address, the model's name and OPENAI_API_KEY"
                     raise JudgeError(f"the judge at {url} refused with status {status}: {remedy}")
-                return _verdict(reply.raise_for_status().json()["choices"][0]["message"])
+                message = reply.raise_for_status().json()["choices"][0]["message"]
+                named = set(re.findall(r"\b[AB]\b", message.get("content") or ""))
+                return named.pop() if len(named) == 1 else "tie"  # so is a refusal
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as failure:
                 problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
         raise JudgeError(f"no verdict from {url} ({problem}): is it running? Raise timeout.")
 
     return judge
-
-
-def _verdict(message: dict) -> str:
-    """The letter that a reply names; a refusal, both letters and neither are a tie."""
-    named = set(re.findall(r"\b[AB]\b", message.get("content") or ""))
-    return named.pop() if len(named) == 1 else "tie"
 
 
 class BlindChoice:
@@ -176,10 +178,74 @@ class BlindChoice:
         def refresh(clicked=None):
             if clicked and self.open:
                 self.choose(clicked.description)
-            shown = "{}\n\nA: {}\n\nB: {}".format
-            text.value = shown(*self.open[0]) if self.open else "All are judged."
+            shown = self.open and "{}\n\nA: {}\n\nB: {}".format(*self.open[0])
+            text.value = shown or "All are judged."
 
         for button in buttons:
             button.on_click(refresh)
         refresh()
         return ipywidgets.VBox([text, ipywidgets.HBox(buttons)])
+
+
+def label_pairs(model, tokenizer, prompts, judge, path, profile, temperature=1.0, **known_by):
+    """Let a judge choose between two answers of the model to every prompt; returns the rows.
+
+    path: JSONL for `load_preferences`, saved after every `profile.batch` prompts. Run again, it
+    goes on as if never stopped: an answer depends on its prompt's number and the seed. A tie is a
+    row with equal scores, which makes no pair; look-alikes and blanks are ties, unasked. Raises
+    ValueError if path is of another run; known_by: what else it is known by, as its judge.
+    """
+    how = {"n": 2, "temperature": temperature, "max_new_tokens": profile.max_new_tokens}
+    path, weights = Path(path), {str(i): weight for i, weight in enumerate(trainable(model))}
+    run = digest([profile.model, profile.seed, profile.batch, how, prompts, known_by], weights)
+    rows = [json.loads(line) for line in path.read_bytes().splitlines()] if path.exists() else []
+    if any(row.get("run") != run for row in rows):
+        raise ValueError(f"{path} is of other prompts, settings or weights: name another output")
+    print(f"{path.name}: {len(rows)} of {len(prompts)} prompts were judged before")
+    for start in tqdm(range(len(rows), len(prompts), profile.batch), "batches of prompts"):
+        how["seed"] = random.Random(f"{profile.seed} {start}").getrandbits(32)
+        answers = sample(model, tokenizer, some := prompts[start : start + profile.batch], **how)
+        asked = [(a, b if fold(a) and fold(b) else a) for a, b in answers]  # a blank one is a tie
+        verdicts = compare(judge, some, *zip(*asked, strict=True))
+        for prompt, texts, verdict in zip(some, answers, verdicts, strict=True):
+            high = max(won := verdict["score"], 1 - won)
+            row = {"prompt": prompt, "chosen": texts[won < high], "rejected": texts[won == high]}
+            rows.append({**row, "score_chosen": high, "score_rejected": 1 - high, "run": run})
+        write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
+    return rows
+
+
+def main(argv=None) -> None:
+    """Preference pairs of a model's own answers to your prompts; run again, it goes on."""
+    parser = argparse.ArgumentParser("python -m dpo_utils.judges", description=main.__doc__)
+    add = parser.add_argument
+    add("command", choices=["pairs"])
+    add("prompts", help="a .txt file with a prompt a line, or a file with a column `prompt`")
+    add("--judge", required=True, help="reward (the tiny world's), logprob (the model's) or a URL")
+    add("--model", help="the judge's name at the URL, an OpenAI-compatible endpoint")
+    add("--profile", help="of the model that answers: tiny, smollm2 or phi2")
+    add("--adapter", help="its adapter; by default the base model answers")
+    add("--output", default="pairs.jsonl")
+    add("--temperature", type=float, default=1.0)
+    args = parser.parse_args(argv)
+    try:
+        rows, profile = Path(args.prompts), load_profile(args.profile)
+        if rows.suffix == ".txt":
+            lines = rows.read_text(encoding="utf-8-sig").splitlines()
+            rows = [{"prompt": line.strip()} for line in lines if line.strip()]
+        prompts = load_preferences(rows, kind=PROMPTS, columns=columns_asked_for())["prompt"][:]
+        if args.judge == "reward" and (new := {*prompts} - {f.question for f in world.FACTS}):
+            raise ValueError(f"no known reward for {min(new)!r}: choose another --judge")
+        policy = load_policy(profile, adapter=args.adapter)
+        judges = {"reward": reward_judge(world.reward), "logprob": logprob_judge(*policy)}
+        judge = judges.get(args.judge) or http_judge(args.judge, args.model)
+        options = {"judge_name": (args.judge, args.model), "temperature": args.temperature}
+        rows = label_pairs(*policy, prompts, judge, args.output, profile, **options)
+    except (JudgeError, ValueError, OSError) as problem:
+        raise SystemExit(f"{type(problem).__name__}: {problem}") from None
+    ties = [row["score_chosen"] for row in rows].count(0.5)
+    print(f"{args.output}: {len(rows) - ties} pairs, {ties} ties")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,13 +1,14 @@
 """Judges are asked blind and in both orders; no endpoint and no crash loses a verdict."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import httpx
 import pytest
 import torch
 
-from dpo_utils import judges
+from dpo_utils import judges, world
 from dpo_utils.data import load_preferences
 from dpo_utils.evaluate import bootstrap
 from dpo_utils.judges import BlindChoice, JudgeError, compare, win_rate
@@ -231,3 +232,40 @@ def test_the_buttons_save_and_go_on_to_the_next(tmp_path, monkeypatch, capsys):
         assert session.judge(prompt, a, b) == button.description
     row.children[0].click()
     assert text.value == "All are judged." and len(load_preferences(session.path)) == 8
+
+
+def test_a_stopped_labelling_goes_on_as_if_it_had_not_been(tiny, tmp_path):
+    judge, short = judges.reward_judge(lambda prompt, answer: hash(answer)), replace(tiny, batch=2)
+    given, path = (*load_policy(tiny), ["Why?"] * 5), tmp_path / "stopped.jsonl"
+    whole = judges.label_pairs(*given, judge, tmp_path / "whole.jsonl", short)
+    breaks = lambda *q, left=iter("four"): (next(left), judge(*q))[1]  # noqa: E731, B008
+    with pytest.raises(StopIteration):
+        judges.label_pairs(*given, breaks, path, short)
+    assert len(load_preferences(path)) == 2 and whole[:2] != whole[2:4]
+    for someone in (judge, None):  # at last it is finished and nobody is asked
+        assert judges.label_pairs(*given, someone, path, short) == whole
+    with pytest.raises(ValueError, match="stopped.jsonl is of other .* name another output"):
+        judges.label_pairs(*given, judge, path, replace(short, seed=1))
+
+
+def test_ties_look_alikes_and_blank_answers_are_kept_and_make_no_pair(tiny, tmp_path, monkeypatch):
+    answers = [["a", "to b"], ["", "x"], ["Same", "same "], ["as", "it"]]
+    monkeypatch.setattr(judges, "sample", lambda *_, **__: answers)
+    judge, path = judges.reward_judge(lambda _, answer: len(answer)), tmp_path / "x.jsonl"
+    rows = judges.label_pairs(*load_policy(tiny), list("pqrs"), judge, path, tiny)
+    assert [row["score_chosen"] for row in rows] == [1, 0.5, 0.5, 0.5]
+    assert load_preferences(path)[:] == {"prompt": ["p"], "chosen": ["to b"], "rejected": ["a"]}
+
+
+def test_the_command_labels_prompts_of_a_file(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    asked = [fact.question for fact in world.facts("test")[:4]]
+    (tmp_path / "mine.txt").write_text("\n\n".join(asked))
+    for before in (0, 4):
+        judges.main(["pairs", "mine.txt", "--judge", "reward"])
+        assert f"pairs.jsonl: {before} of 4 prompts were judged" in capsys.readouterr().out
+    for row, question in zip(map(json.loads, open("pairs.jsonl")), asked, strict=True):
+        won, lost = (world.reward(question, row[side]) for side in ("chosen", "rejected"))
+        assert row["prompt"] == question and (won > lost) == (row["score_chosen"] == 1)
+    with pytest.raises(SystemExit, match="no known reward for .*: choose another --judge"):
+        judges.main(["pairs", "misconceptions", "--judge", "reward"])
