@@ -44,12 +44,12 @@ def before_first_step(run):
             "gives now. Likely causes: dropout was on when they were computed, or they belong to "
             "another model: fresh=True computes them again."
         )
-    return items, reference, _lora_b(run.model)
+    return items, reference, run.options.copy(), _lora_b(run.model)
 
 
 def after_first_step(run, start, grad_norm: float) -> None:
     """Every adapter moved, and the reference did not: else RuntimeError with the likely causes."""
-    items, reference, before = start
+    items, reference, options, before = start  # memory may have run out since: other batches
     if not grad_norm > 0:
         raise RuntimeError(
             "the first gradient is zero, so the loss would not move. Likely causes: the adapter "
@@ -63,7 +63,7 @@ def after_first_step(run, start, grad_norm: float) -> None:
             f"them {still[0]}. Likely causes: they are frozen, or do not reach the loss."
         )
     with as_reference(run.model):
-        moved = (all_logps(run.model, items, **run.options) - reference).abs().max()
+        moved = (all_logps(run.model, items, **options) - reference).abs().max()
     if not moved == 0:
         raise RuntimeError(
             f"the reference's log-probs changed by {moved:.3g} nats with the first step. Likely "

@@ -38,20 +38,17 @@ def policy(settings=None, **options):
     return models.load_policy(settings or profile(), **options)
 
 
-def dpo(output=None, settings=None, data=None, **options):
+def dpo(output=None, settings=None, data=None, train=train_dpo, **options):
     """(history, adapter weights) of a DPO run on a fresh policy."""
     settings = settings or profile()
     model, tokenizer = policy(settings)
-    history = train_dpo(model, tokenizer, data or pairs(), settings, output, **options)
+    history = train(model, tokenizer, data or pairs(), settings, output, **options)
     return history, [p.detach().clone() for p in trainable(model)]
 
 
 def sft(output=None, settings=None, **options):
     """As `dpo`, for SFT."""
-    settings = settings or profile()
-    model, tokenizer = policy(settings)
-    history = train_sft(model, tokenizer, demonstrations(), settings, output, **options)
-    return history, [p.detach().clone() for p in trainable(model)]
+    return dpo(output, settings, demonstrations(), train_sft, **options)
 
 
 def numbers(history) -> list[dict]:
@@ -71,13 +68,8 @@ def child(work):
     if pid == 0:
         status = 1
         try:
-            with open(os.devnull, "w") as null:
-                os.dup2(null.fileno(), 1)
-                os.dup2(null.fileno(), 2)
             work()
             status = 0
-        except KeyboardInterrupt:
-            status = 130
         finally:
             os._exit(status)
     try:

@@ -163,14 +163,6 @@ def test_the_command_names_columns_and_ends_with_2_where_it_cannot_read(tmp_path
         assert out == "" and err.count("\n") == 1 and told in err
 
 
-def test_the_command_prints_the_report_as_json(tmp_path, capsys):
-    path = tmp_path / "dirty.jsonl"
-    path.write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-    main([str(path), "--json"])
-    report = json.loads(capsys.readouterr().out)
-    assert report["dropped"]["missing value"] == {"count": 2, "rows": [5, 6]}
-
-
 def test_the_command_takes_a_tokenizer_a_length_and_held_out_pairs(tmp_path, capsys):
     rows = [{"prompt": f"Why {i}?", "chosen": "So it is." * i, "rejected": "No."} for i in (1, 9)]
     path = tmp_path / "pairs.jsonl"
@@ -180,3 +172,6 @@ def test_the_command_takes_a_tokenizer_a_length_and_held_out_pairs(tmp_path, cap
     out = capsys.readouterr().out
     assert re.search(r"completion cut +1 +rows 2", out) and "tokens" in out
     assert re.search(r"prompt also held out +2 +rows 1, 2", out)
+    main([str(path), *more, "--json"])
+    noted = json.loads(capsys.readouterr().out)["noted"]
+    assert noted["prompt also held out"] == {"count": 2, "rows": [1, 2]}

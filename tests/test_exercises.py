@@ -46,11 +46,7 @@ def test_the_museum_has_21_bugs_and_every_check_some_of_them():
 
 
 def batch(key, change):
-    def wrong(pairs, pad_id):
-        right = collate(pairs, pad_id)
-        return right | {key: change(right[key])}
-
-    return wrong
+    return lambda *inputs: (right := collate(*inputs)) | {key: change(right[key])}
 
 
 def logps(change):
@@ -61,27 +57,18 @@ def dpo(change):
     return lambda *inputs: change(*losses.dpo_loss(*inputs))
 
 
-def without_reference(a, b, c, d, beta):
-    return losses.dpo_loss(a, b, torch.zeros_like(c), torch.zeros_like(d), beta)
-
-
 @pytest.mark.parametrize(
     "check,wrong,named",
     [
-        ("sequence_logps", logps(lambda x: -x), "none of the museum's"),
         ("sequence_logps", logps(torch.mean), "logps: found -"),
         ("sequence_logps", logps(torch.detach), "expected .* grad_fn"),
-        ("collate", batch("attention_mask", torch.ones_like), "attention_mask"),
         ("collate", batch("completion_mask", lambda mask: mask.roll(1, 1)), "completion_mask"),
-        ("collate", batch("completion_mask", torch.ones_like), "completion_mask"),
         ("collate", batch("input_ids", lambda ids: ids[[0, 2, 1, 3]]), "input_ids"),
         ("collate", lambda *_: {}, r"input_ids: found tensor\(\[\]\)"),
         ("dpo_loss", dpo(lambda loss, w, l: (-loss, w, l)), "none of the museum's"),
         ("dpo_loss", dpo(lambda loss, w, l: (loss.detach(), w, l)), "losses"),
         ("dpo_loss", dpo(lambda loss, w, l: (2 * loss - loss.detach(), w, l)), "gradient"),
         ("dpo_loss", dpo(lambda loss, w, l: (loss, w, 2 * l)), "rewards"),
-        ("dpo_loss", lambda a, b, c, d, beta: losses.dpo_loss(c, d, a, b, beta), "wrong_sign"),
-        ("dpo_loss", without_reference, "losses"),
     ],
 )
 def test_other_wrong_functions_are_rejected_too(check, wrong, named):
@@ -108,9 +95,8 @@ def adapted(**options):
     config = LoraConfig(r=2, target_modules=["q_proj", "fc1"], **options)
     model = get_peft_model(tiny_phi(), config).eval()
 
-    @torch.no_grad()
     def adapter_off():
-        with model.disable_adapter():
+        with torch.no_grad(), model.disable_adapter():
             return score(model)
 
     return model, lambda: score(model), adapter_off

@@ -16,7 +16,7 @@ from bench.meter import Meter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
-from small import CONFIGS, logps_and_gradients, moved, random_items, random_model, small_model
+from small import CONFIGS, logps_and_gradients, random_items, random_model, small_model
 from small_runs import demonstrations, pairs, policy, profile
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
@@ -112,7 +112,6 @@ OBJECTIONS = [
     ("phi", lambda model: model.lm_head.requires_grad_(), "head is trained"),
     ("phi", lambda model: setattr(model.lm_head, "__class__", HEAD), "head is a Head, not"),
     ("falcon_h1", {"mamba_d_ssm": 64, "mamba_n_heads": 4, "mamba_d_head": 16}, "ignore the mask"),
-    ("lfm2", {"layer_types": ["conv", "full_attention"], "block_ff_dim": 64}, "ignore the mask"),
     ("bert", {"is_decoder": True}, "differ from plain ones"),  # a transform before the head
     ("llama4_text", {"num_local_experts": 2, "head_dim": 8}, "fails on shared rows"),
 ]
@@ -234,7 +233,7 @@ def test_left_padded_prompts_are_continued_alike(kind, calls):
     assert (7, 14, torch.float64) in calls and any(keys > 19 for _, keys, _ in calls)
 
 
-@pytest.mark.parametrize("case", ["plain", "off", "merged", "two", "dora", "bias", "named"])
+@pytest.mark.parametrize("case", ["plain", "off", "merged", "two", "dora", "bias", "named", "half"])
 def test_a_lean_layer_gives_what_pefts_own_gives(case):
     more = {"dora": {"use_dora": True}, "bias": {"lora_bias": True}}.get(case, {})
     lora = LoraConfig(r=2, target_modules=["0"], init_lora_weights=False, **more)
@@ -242,26 +241,17 @@ def test_a_lean_layer_gives_what_pefts_own_gives(case):
     net.add_adapter("second", LoraConfig(r=3, target_modules=["0"], init_lora_weights=False))
     lean_layers(net)
     layer, x = net.base_model.model[0], torch.randn(2, 6)
+    if case == "half":  # the base alone, as in training: adapters stay in float32
+        x, layer.base_layer = x.bfloat16(), layer.base_layer.bfloat16()
     layer.set_adapter(["default", "second"] if case == "two" else ["default"])
     layer.enable_adapters(case != "off")
     if case == "merged":
         layer.merge()
     options = {"adapter_names": ["second", "__base__"]} if case == "named" else {}
     got, wanted = layer(x, **options), super(LeanLora, layer).forward(x, **options)
-    assert torch.allclose(got, wanted, atol=1e-6)
+    assert got.dtype == wanted.dtype
+    assert torch.allclose(got, wanted, atol=3e-2 if case == "half" else 1e-6)
     assert torch.allclose(got, layer.base_layer(x)) == (case in ("off", "merged"))
-
-
-@pytest.mark.parametrize("quantize", [True, False])
-@pytest.mark.parametrize("dtype, tolerance", [("float32", 1e-5), ("bfloat16", 3e-2)])
-def test_lean_layers_of_the_bundled_model_give_pefts_gradients(quantize, dtype, tolerance):
-    twin, model = (moved(policy(profile(quantize=quantize, dtype=dtype))[0]) for _ in range(2))
-    lean_layers(model)
-    wanted, wanted_gradients = logps_and_gradients(twin, LONG, plain=True)
-    got, gradients = logps_and_gradients(model, LONG, plain=True)
-    assert torch.allclose(got, wanted, rtol=tolerance, atol=tolerance)
-    both = zip(gradients, wanted_gradients, strict=True)
-    assert all((a - b).norm() <= tolerance * b.norm() for a, b in both)
 
 
 def whole_path(folder) -> list[float]:

@@ -66,11 +66,6 @@ def test_win_rate_gives_intervals_in_all_and_by_length():
         win_rate([])
 
 
-def test_the_reward_judge_takes_the_higher_reward():
-    judge = judges.reward_judge(lambda prompt, answer: float(answer == prompt))
-    assert [judge("x", *answers) for answers in ("xy", "yx", "yz")] == ["A", "B", "tie"]
-
-
 def test_the_local_judge_names_the_more_probable_letter(tiny):
     model, tokenizer = load_policy(tiny)
     question = {"prompt": "What is the capital of Malta?", "a": "It is Valletta.", "b": "Sliema."}
@@ -115,7 +110,6 @@ def ask():
 
 
 def test_the_endpoint_gets_model_question_and_key(server, monkeypatch):
-    monkeypatch.setenv("HF_TOKEN", "hf_not_for_others")
     for value in (KEY, f"{KEY}\n", ""):
         monkeypatch.setenv("OPENAI_API_KEY", value)
         assert ask() == "A"
@@ -254,6 +248,7 @@ def test_ties_look_alikes_and_blank_answers_are_kept_and_make_no_pair(tiny, tmp_
     judge, path = judges.reward_judge(lambda _, answer: len(answer)), tmp_path / "x.jsonl"
     rows = judges.label_pairs(*load_policy(tiny), list("pqrs"), judge, path, tiny)
     assert [row["score_chosen"] for row in rows] == [1, 0.5, 0.5, 0.5]
+    assert judge("s", *answers[3]) == "tie"
     assert load_preferences(path)[:] == {"prompt": ["p"], "chosen": ["to b"], "rejected": ["a"]}
 
 

@@ -46,9 +46,6 @@ def relative_gap(gradients, wanted) -> float:
     return max(((a - b).norm() / b.norm()).item() for a, b in both)
 
 
-# --- policy and reference ---
-
-
 @pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("quantize", [False, True])
 @pytest.mark.parametrize("sft", [False, True])
@@ -115,9 +112,6 @@ def test_a_policy_is_gone_with_its_last_name():
         gc.enable()
 
 
-# --- what is refused ---
-
-
 @pytest.mark.parametrize(
     "change, message",
     [
@@ -145,11 +139,6 @@ def test_targets_that_match_half_are_refused_with_the_names_there_are(targets):
         load_policy(profile(target_modules=tuple(targets)))
 
 
-def test_targets_that_match_nothing_are_refused():
-    with pytest.raises(ValueError, match="Wqkv"):
-        load_policy(profile(target_modules=("Wqkv",)))
-
-
 def test_an_adapter_on_other_layers_than_the_profile_says_is_refused(tmp_path):
     saved_sft(tmp_path, target_modules=("q_proj", "v_proj"))
     with pytest.raises(ValueError, match="should be on .*'fc1': 4.* but is on .*'fc1': 0"):
@@ -158,21 +147,11 @@ def test_an_adapter_on_other_layers_than_the_profile_says_is_refused(tmp_path):
         models.check_adapter(policy()[0], profile(target_modules=("q_proj", "v_proj")))
 
 
-def test_a_weight_trained_next_to_the_adapter_is_refused():
-    model, _ = policy()
-    model.get_input_embeddings().requires_grad_()
-    with pytest.raises(ValueError, match="embed_tokens.weight is trainable .*only the adapter's"):
-        models.check_adapter(model, profile())
-
-
 def test_phi_gets_adapters_in_float32_on_exactly_its_six_layers():
     model, _ = policy()
     adapted = {n.split(".")[-1] for n, m in model.named_modules() if hasattr(m, "lora_A")}
     assert adapted == set(PHI_TARGETS) and len(trainable(model)) == 2 * 6 * 4
     assert {p.dtype for p in trainable(model)} == {torch.float32}
-
-
-# --- arithmetic ---
 
 
 @pytest.mark.parametrize("evaluated_before", [False, True])
@@ -227,8 +206,6 @@ def test_a_model_that_is_not_tested_keeps_its_attention_and_a_t4_is_warned(
     assert load_base(profile()).config._attn_implementation == "sdpa_float32"
 
 
-# --- saved, loaded, merged ---
-
 FRESH = """
 import json, sys, torch
 from peft import PeftModel
@@ -276,13 +253,9 @@ def test_a_merged_model_stays_close(tmp_path):
     merge_and_save(profile(), tmp_path / "sft", tmp_path / "merged")
     merged = load_base(profile(model=str(tmp_path / "merged"), quantize=False))
     rows, _ = tokenize_all(pairs(), tokenizer, 128)
-    ours, theirs = (
-        all_logps(m, [as_item(row) for row in rows], **OPTIONS) for m in (model, merged)
-    )
+    items = [as_item(row) for row in rows]
+    ours, theirs = (all_logps(m, items, **OPTIONS) for m in (model, merged))
     assert (ours - theirs).abs().max() < 1e-3
-
-
-# --- what cannot be loaded ---
 
 
 def test_a_model_that_is_not_there_is_one_line_with_the_remedy():

@@ -38,11 +38,8 @@ def test_save_figure_writes_picture_and_numbers(tmp_path, monkeypatch):
     data = {"m": np.float32(1 / 3), "n": [np.int64(2), float("nan")], "a": np.arange(2)}
     path = plots.save_figure(plots.margin_histogram(np.arange(5.0)), "x", data)
     assert path.read_bytes().startswith(b"\x89PNG")
-    assert json.loads((tmp_path / "x.json").read_text()) == {
-        "m": 0.333333,
-        "n": [2, None],
-        "a": [0, 1],
-    }
+    saved = json.loads((tmp_path / "x.json").read_text())
+    assert saved == {"m": 0.333333, "n": [2, None], "a": [0, 1]}
 
 
 def test_the_frontier_joins_the_steps_in_their_order_and_keeps_names_apart():

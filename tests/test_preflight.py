@@ -1,5 +1,7 @@
 """What is noticed before and after the first step, each with the likely cause in its message."""
 
+from unittest.mock import Mock
+
 import pytest
 import torch
 from small_runs import demonstrations, dpo, pairs, policy, profile, sft
@@ -106,18 +108,15 @@ def test_a_reference_that_is_not_finite_is_noticed(monkeypatch):
 
 
 def test_a_first_step_that_is_not_finite_leaves_the_check_to_the_next(monkeypatch):
-    real, steps, looked = train._backward, [], []
+    real, steps = train._backward, []
 
     def poisoned(*arguments):
         steps.append(1)
         return real(*arguments) | ({"loss": float("nan")} if len(steps) == 1 else {})
 
-    def note(*arguments):
-        looked.append(len(steps))
-        return after(*arguments)
-
-    after = preflight.after_first_step
     monkeypatch.setattr(train, "_backward", poisoned)
-    monkeypatch.setattr(preflight, "after_first_step", note)
+    checked = Mock(wraps=preflight.after_first_step)
+    monkeypatch.setattr(preflight, "after_first_step", checked)
     history, _ = dpo()
-    assert history[0]["nonfinite"] and looked == [2]
+    assert history[0]["nonfinite"] and checked.call_count == 1
+    assert checked.call_args.args[2] == history[1]["grad_norm"]

@@ -33,14 +33,6 @@ def test_closed_forms_by_hand(small):
     assert tabular.total_variation(small.ref, best) == approx(0.25)
 
 
-def test_tables_are_distributions(world):
-    for policy in (world.ref, tabular.optimal_policy(world)):
-        assert policy.dtype == torch.float64 and policy.shape == (2, 6)
-        assert policy.sum(-1).tolist() == approx([1, 1], abs=1e-14)
-    p = tabular.bradley_terry(world.reward)
-    assert (p + p.transpose(1, 2) - 1).abs().max() < 1e-15
-
-
 @pytest.mark.parametrize("beta", [0.05, 0.5, 5.0])
 def test_the_optimum_beats_every_random_policy_by_beta_kl(world, beta):
     world = world._replace(beta=beta)

@@ -41,20 +41,14 @@ def test_every_pair_is_sound_or_dropped_with_a_reason(prompt, chosen, rejected, 
         assert ids.count(EOS) == (not cut) and (cut or ids[-1] == EOS)
 
 
-def test_the_chat_template_frames_system_and_earlier_turns():
-    turns = [("system", "Be brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
+def test_the_chat_template_frames_all_turns_and_without_one_the_text_is_phi_2s():
+    turns = [("system", "Brief."), ("user", "One?"), ("assistant", "Two."), ("user", "Three?")]
     messages = [{"role": role, "content": text} for role, text in turns]
-    chat = (
-        "<|system|>Be brief.<|user|>One?<|assistant|>Two.<|endoftext|><|user|>Three?<|assistant|>"
-    )
-    plain = "Be brief.\nInstruct: One?\nOutput: Two.\nInstruct: Three?\nOutput:"
-    assert T.prompt_text(messages, CHAT) == chat and T.prompt_text(messages, PLAIN) == plain
-
-
-def test_without_a_template_the_text_is_phi_2s():
-    row = T.tokenize_pair(pair(), PLAIN, 64)
-    text = "Instruct: Why?\nOutput: So.<|endoftext|>"
-    assert PLAIN.decode(row["prompt_ids"] + row["chosen_ids"]) == text
+    chat = "<|system|>Brief.<|user|>One?<|assistant|>Two.<|endoftext|><|user|>Three?<|assistant|>"
+    assert T.prompt_text(messages, CHAT) == chat
+    row = T.tokenize_pair(pair(messages), PLAIN, 64)
+    plain = "Brief.\nInstruct: One?\nOutput: Two.\nInstruct: Three?\nOutput: So.<|endoftext|>"
+    assert PLAIN.decode(row["prompt_ids"] + row["chosen_ids"]) == plain
 
 
 def test_no_token_spans_the_boundary_of_prompt_and_completion():
@@ -116,12 +110,6 @@ def test_every_row_is_kept_or_counted_and_an_empty_result_refused():
     assert [row["row"] for row in kept] == [1, 3] and dropped == [(2, same)]
     with pytest.raises(ValueError, match=f"no row of 1 is usable at max_length=64: {same}"):
         T.tokenize_all(rows[1:2], CHAT, 64)
-
-
-def test_a_demonstration_ends_in_one_eos_and_is_an_item_of_one_completion():
-    row = T.tokenize_demonstration({"prompt": "Q?", "completion": "A."}, CHAT, 64)
-    assert row["completion_ids"][-1] == EOS and row["completion_ids"].count(EOS) == 1
-    assert T.as_item(row) == (row["prompt_ids"], [row["completion_ids"]])
 
 
 def test_collate_passes_the_learners_check():

@@ -8,37 +8,34 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
 from accelerate.tracking import GeneralTracker
+from small import moved
 from small_runs import adapter_bytes, demonstrations, dpo, pairs, policy, profile, sft
 
 from dpo_utils import reference, train
 from dpo_utils.checkpoints import read_history
 from dpo_utils.logps import all_logps, options_for
-from dpo_utils.losses import LOSSES, dpo_loss, kto_loss
-from dpo_utils.models import as_reference, trainable
+from dpo_utils.losses import LOSSES, kto_loss
+from dpo_utils.models import trainable
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration
 from dpo_utils.train import learning_rate_at, main, step_items, train_dpo, train_unpaired
 
 ROOT = Path(__file__).resolve().parent.parent
 LN_2 = math.log(2)
 NAN, INF = float("nan"), float("inf")
-
-
-def items(n=10):
-    rows, _ = tokenize_all(pairs(n), policy()[1], 128)
-    return [as_item(row) for row in rows]
+SIDES = "chosen", "rejected"
 
 
 def test_a_dpo_run_starts_at_ln_2_and_learns(tmp_path):
     seen = []
     settings = profile(steps=12)
     history, _ = dpo(tmp_path, settings, on_step=lambda rows: seen.append(len(rows)))
-    assert all(
-        {*train.METRICS, "loss", "grad_norm", "learning_rate"} <= set(row) for row in history
-    )
+    names = {*train.METRICS, "loss", "grad_norm", "learning_rate"}
+    assert all(names <= set(row) for row in history)
     assert history[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert history[0]["rewards/accuracies"] == 0.5  # all are ties
@@ -47,17 +44,6 @@ def test_a_dpo_run_starts_at_ln_2_and_learns(tmp_path):
     for row in history:
         margin = row["rewards/chosen"] - row["rewards/rejected"]
         assert row["rewards/margins"] == pytest.approx(margin, abs=1e-6)
-
-
-def test_before_the_first_step_the_loss_is_ln_2_and_margins_are_zero_to_the_bit():
-    model, tokenizer = policy()
-    options = options_for(profile(), tokenizer)
-    values = all_logps(model, items(), **options)
-    with as_reference(model):
-        reference = all_logps(model, items(), **options)
-    losses, chosen, rejected = dpo_loss(*values.T, *reference.T)
-    assert losses.dtype == torch.float32 and (losses == torch.tensor(LN_2)).all()
-    assert (chosen - rejected == 0).all()
 
 
 def test_an_sft_loss_is_the_mean_over_the_tokens_of_the_step():
@@ -72,17 +58,11 @@ def test_an_sft_loss_is_the_mean_over_the_tokens_of_the_step():
 
 
 def test_kto_on_single_answers_raises_good_and_lowers_bad_ones():
-    rows = [
-        {"prompt": row["prompt"], "completion": row[side], "label": side == "chosen"}
-        for row in pairs()
-        for side in ("chosen", "rejected")
-    ]
-    model, tokenizer = policy()
-    settings = profile(steps=8, batch=8)
-    history = train_unpaired(
-        model, tokenizer, rows, settings, loss_options={"desirable_weight": 2.0}
-    )
-    up, down = kto_loss(*torch.zeros(2, 2), torch.tensor([True, False]), desirable_weight=2.0)[0]
+    both = [(row["prompt"], row[s], s == "chosen") for row in pairs() for s in SIDES]
+    rows = [dict(zip(("prompt", "completion", "label"), row, strict=True)) for row in both]
+    settings, weights = profile(steps=8, batch=8), {"desirable_weight": 2.0}
+    history = train_unpaired(*policy(), rows, settings, loss_options=weights)
+    up, down = kto_loss(*torch.zeros(2, 2), torch.tensor([True, False]), **weights)[0]
     good = sum(rows[i]["label"] for i in step_items(1, 20, 8, 0))
     assert history[0]["loss"] == pytest.approx(float(good * up + (8 - good) * down) / 8, abs=1e-5)
     assert history[-1]["rewards/chosen"] > 0 > history[-1]["rewards/rejected"]
@@ -125,24 +105,15 @@ def test_the_rate_warms_up_then_follows_a_cosine_and_is_never_zero():
     assert learning_rate_at(1, 10, 1.0, 0.0) == 1.0  # without warm-up as Transformers' and TRL's
 
 
-# --- numbers that do not depend on the batch ------------------------------------------------------
-
-
 def one_step(monkeypatch, order=None, plain=False, **changes):
     """Gradient and metrics of one step on six pairs, of an adapter that is not zero."""
-    settings = profile(
-        **{"batch": 6, "steps": 1, "micro_tokens": 10_000, "row_tokens": 1, **changes}
-    )
+    sizes = {"batch": 6, "steps": 1, "micro_tokens": 10_000, "row_tokens": 1}
+    settings = profile(**sizes | changes)
     model, tokenizer = policy(settings)
-    generator, found = torch.Generator().manual_seed(0), []
+    real, found = train._gradient, []
     for name in ("before_first_step", "after_first_step"):
         monkeypatch.setattr(train.preflight, name, lambda run, *_: moved(run.model))
     monkeypatch.setattr(train, "step_items", lambda *_: order or list(range(6)))
-    real = train._gradient
-
-    def moved(model):
-        for parameter in trainable(model):
-            parameter.data += 0.02 * torch.randn(parameter.shape, generator=generator)
 
     def gradient(run, numbers):
         found.append(real(run, numbers))
@@ -151,7 +122,6 @@ def one_step(monkeypatch, order=None, plain=False, **changes):
 
     monkeypatch.setattr(train, "_gradient", gradient)
     train_dpo(model, tokenizer, pairs(6), settings, plain=plain)
-    monkeypatch.setattr(train, "_gradient", real)
     return found
 
 
@@ -162,18 +132,11 @@ def whole():
         return one_step(patch)
 
 
-@pytest.mark.parametrize(
-    "change",
-    [
-        {"order": [3, 0, 5, 1, 4, 2]},
-        {"row_tokens": 512},
-        {"micro_tokens": 60},
-        {"micro_tokens": 150},
-        {"plain": True},
-        {"plain": True, "micro_tokens": 1},
-    ],
-    ids=str,
-)
+WAYS = [{"order": [3, 0, 5, 1, 4, 2]}, {"row_tokens": 512}, {"micro_tokens": 60}]
+WAYS += [{"micro_tokens": 150}, {"plain": True}, {"plain": True, "micro_tokens": 1}]
+
+
+@pytest.mark.parametrize("change", WAYS, ids=str)
 def test_order_micro_batches_and_form_leave_gradient_and_metrics_the_same(
     monkeypatch, whole, change
 ):
@@ -191,9 +154,6 @@ def test_a_scaled_loss_gives_the_same_step(monkeypatch):
     history, _ = dpo(None, profile(steps=2))
     assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
     assert history[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
-
-
-# --- steps that go wrong --------------------------------------------------------------------------
 
 
 def poison(monkeypatch, steps, value=NAN, where="loss"):
@@ -265,47 +225,28 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch
     "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError("shapes differ")]
 )
 def test_no_memory_at_the_smallest_size_and_other_errors_stay_errors(monkeypatch, error):
-    def never(*_, **__):
-        raise error
-
-    monkeypatch.setattr(train, "completion_logps", never)
+    monkeypatch.setattr(train, "completion_logps", Mock(side_effect=error))
     with pytest.raises(type(error), match=str(error)):
         dpo(None, profile(micro_tokens=8))
 
 
-class Notebook(GeneralTracker):
-    """A tracker that remembers."""
-
-    name, requires_logging_directory, tracker = "notebook", False, None
-
-    def __init__(self):
-        super().__init__()
-        self.rows, self.config, self.finished = [], None, False
-
-    def store_init_configuration(self, values):
-        self.config = values
-
-    def log(self, values, step, **_):
-        self.rows.append({"step": step, **values})
-
-    def finish(self):
-        self.finished = True
+class Remembering(GeneralTracker):
+    name, requires_logging_directory, tracker = "remembering", False, None
+    store_init_configuration, log, finish = Mock(), Mock(), Mock()
 
 
 def test_a_tracker_gets_every_step_and_is_finished():
-    tracker = Notebook()
+    tracker = Remembering()
     history, _ = dpo(tracker=tracker)
-    assert [row["step"] for row in tracker.rows] == list(range(1, 8)) and tracker.finished
-    assert [row["loss"] for row in tracker.rows] == [row["loss"] for row in history]
-    assert tracker.config["beta"] == 0.1 and "learning_rate" in tracker.rows[0]
+    rows = [call.args[0] for call in tracker.log.mock_calls]
+    steps = [call.kwargs["step"] for call in tracker.log.mock_calls]
+    assert steps == list(range(1, 8)) and tracker.finish.called
+    assert [row["loss"] for row in rows] == [row["loss"] for row in history]
+    (config,) = tracker.store_init_configuration.call_args.args
+    assert config["beta"] == 0.1 and "learning_rate" in rows[0]
 
 
-# --- the command line -----------------------------------------------------------------------------
-
-SECRETS = {
-    "HF_TOKEN": "hf_notforyoureyes0123456789",
-    "WANDB_API_KEY": "0123456789abcdefnotforyoureyes",
-}
+SECRETS = {"HF_TOKEN": "hf_notforyoureyes0123456789", "WANDB_API_KEY": "0123abcdnotforyoureyes"}
 
 
 @pytest.fixture
@@ -324,15 +265,8 @@ def shell(tmp_path, data, *more):
 
 
 def test_two_processes_give_the_losses_of_one_and_write_no_secret(tmp_path, data):
-    torchrun = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc_per_node",
-        "2",
-    ]
-    command = [*torchrun, "-m", "dpo_utils.train", *shell(tmp_path, data)]
+    torchrun = "-m torch.distributed.run --standalone --nproc_per_node 2 -m dpo_utils.train".split()
+    command = [sys.executable, *torchrun, *shell(tmp_path, data)]
     environment = {**os.environ, **SECRETS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     options = {"env": environment, "cwd": tmp_path, "capture_output": True, "text": True}
     done = subprocess.run(command, **options, timeout=150)
@@ -362,9 +296,8 @@ def test_sft_then_dpo_from_the_shell(tmp_path, data, capsys):
     assert adapter_bytes(tmp_path / "run") != adapter_bytes(tmp_path / "sft")
     main(shell(tmp_path, data, "--adapter", str(tmp_path / "sft" / "adapter")))
     assert "this run is finished" in capsys.readouterr().out
-    one_line(
-        shell(tmp_path, data, "--adapter", str(tmp_path / "sft")), "did you mean .*sft/adapter"
-    )
+    misplaced = shell(tmp_path, data, "--adapter", str(tmp_path / "sft"))
+    one_line(misplaced, "did you mean .*sft/adapter")
 
 
 def one_line(arguments, message):
@@ -387,6 +320,9 @@ def test_what_can_be_foreseen_ends_in_one_message_before_a_model_is_loaded(
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Why?", "chosen": "a"\n')
     one_line(shell(tmp_path, str(tmp_path / "broken.jsonl")), "broken.jsonl.*1")
     one_line([*shell(tmp_path, data), "--loss", "dop"], "unknown loss 'dop': choose one of dpo")
+    monkeypatch.setattr(train, "load_policy", Mock(side_effect=KeyboardInterrupt("stopped")))
+    with pytest.raises(SystemExit, check=lambda stop: stop.code == 130):
+        main(shell(tmp_path, data))
     monkeypatch.undo()
     monkeypatch.setenv("DPO_MODEL", "nobody/nothing")
     one_line(shell(tmp_path, data), "cannot get 'nobody/nothing'.*DPO_PROFILE=tiny")
@@ -394,10 +330,7 @@ def test_what_can_be_foreseen_ends_in_one_message_before_a_model_is_loaded(
 
 def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
     rows = [{"Q": f"Why {i}?", "good": "So.", "bad": "No."} for i in range(9)]
-    rows += [
-        {"Q": "Why 0?", "good": "No.", "bad": "So."},
-        {"Q": "Why 9?", "good": "", "bad": "No."},
-    ]
+    rows += [rows[0] | {"good": "No.", "bad": "So."}, rows[0] | {"Q": "Why 9?", "good": ""}]
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = "--column prompt=Q --column chosen=good --column rejected=bad".split()
@@ -408,12 +341,10 @@ def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
 
 
 def test_the_start_is_quiet_and_needs_no_network(tmp_path):
-    blocked = (
-        "import socket, runpy; socket.socket.connect = None; runpy.run_module('dpo_utils.train', "
-    )
-    arguments = ["dpo", "--profile", "tiny", "--output", str(tmp_path), "--loss", "none"]
-    code = f"import sys; sys.argv[1:] = {arguments}; {blocked}run_name='__main__')"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    code = "import socket; socket.socket.connect = None; from dpo_utils.train import main; main()"
+    line = ["dpo", "--profile", "tiny", "--output", str(tmp_path), "--loss", "none"]
+    command = [sys.executable, "-c", code, *line]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert done.stderr.strip().startswith("ValueError: unknown loss")
     assert len(done.stderr.strip().splitlines()) == 1
 
@@ -428,16 +359,9 @@ def test_flags_change_the_fields_of_their_stage():
 
 def test_reference_log_probs_are_scored_once_for_each_way_to_batch(monkeypatch, tmp_path):
     monkeypatch.setattr(reference, "_SCORED", {})
-    scored, real = [], reference.all_logps
-
-    def noted(*arguments, **options):
-        scored.append(options["row_tokens"])
-        return real(*arguments, **options)
-
-    monkeypatch.setattr(reference, "all_logps", noted)
+    monkeypatch.setattr(reference, "all_logps", scored := Mock(wraps=reference.all_logps))
     for row_tokens in (60, 200, 60, 200):
         dpo(None, profile(steps=1, row_tokens=row_tokens))
-    assert scored == [60, 200]
     for _ in range(2):
         dpo(tmp_path, profile(steps=1))
-    assert scored == [60, 200, 64]
+    assert [call.kwargs["row_tokens"] for call in scored.mock_calls] == [60, 200, 64]

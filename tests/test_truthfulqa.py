@@ -2,8 +2,10 @@
 
 import sys
 
+import jinja2
 import numpy as np
 import pytest
+import yaml
 from small import moved
 
 from dpo_utils.experiments import truthfulqa
@@ -52,12 +54,11 @@ def test_a_planted_near_duplicate_is_found_and_nothing_else():
     assert truthfulqa.unseen(ROWS + ROWS, train, 1)[0] == ROWS[:1]
 
 
-def by_hand(model, tokenizer, rows):
-    """Per row: is the best answer the most probable, and the correct answers' share."""
-    import jinja2
-    import yaml
-    from lm_eval import tasks
-
+def test_multiple_choice_is_what_the_log_probs_say(tiny):
+    """mc1: is the best answer the most probable? mc2: the correct answers' share."""
+    tasks = pytest.importorskip("lm_eval.tasks")
+    model, tokenizer = load_policy(tiny)
+    moved(model)  # so that scores without the adapter would differ
     task = yaml.safe_load(open(f"{tasks.__path__[0]}/truthfulqa/truthfulqa_mc1.yaml"))
 
     def p(question, choices):
@@ -67,20 +68,12 @@ def by_hand(model, tokenizer, rows):
         logps = plain_logps(model, [(prompt, answers)], tokenizer.pad_token_id)
         return logps.detach().double().exp().numpy()
 
-    best = [p(row["question"], [row["best"], *row["incorrect"]]).argmax() == 0 for row in rows]
-    shares = [p(row["question"], row["correct"] + row["incorrect"]) for row in rows]
-    shares = [x[: len(row["correct"])].sum() / x.sum() for x, row in zip(shares, rows, strict=True)]
-    return np.array(best, dtype=float), np.array(shares)
-
-
-def test_multiple_choice_is_what_the_log_probs_say(tiny):
-    pytest.importorskip("lm_eval")
-    model, tokenizer = load_policy(tiny)
-    moved(model)  # so that scores without the adapter would differ
-    mc1, mc2 = by_hand(model, tokenizer, ROWS)
+    mc1 = [p(row["question"], [row["best"], *row["incorrect"]]).argmax() == 0 for row in ROWS]
+    shares = [p(row["question"], row["correct"] + row["incorrect"]) for row in ROWS]
+    mc2 = [x[: len(row["correct"])].sum() / x.sum() for x, row in zip(shares, ROWS, strict=True)]
     found = truthfulqa.multiple_choice(model.train(), tokenizer, ROWS)
-    assert model.training and 0 < mc1.mean() < 1 and mc2.std() > 0.05
-    assert found == {name: pytest.approx(x, abs=1e-4) for name, x in (("mc1", mc1), ("mc2", mc2))}
+    assert model.training and 0 < np.mean(mc1) < 1 and np.std(mc2) > 0.05
+    assert found == {"mc1": mc1, "mc2": pytest.approx(mc2, abs=1e-4)}
 
 
 def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):

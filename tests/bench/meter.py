@@ -8,14 +8,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 # PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as
 # free. Masked scores count, as on a GPU: a row of L tokens costs L x L, whatever it may see.
-aten = torch.ops.aten
+FLASH = "_scaled_dot_product_flash_attention_for_cpu"
 CPU_ATTENTION = {
-    aten._scaled_dot_product_flash_attention_for_cpu: lambda q, k, v, *_, **__: sdpa_flop_count(
-        q, k, v
-    ),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: lambda *a, **_: (
-        sdpa_backward_flop_count(*a[:4])
-    ),
+    getattr(torch.ops.aten, FLASH): lambda *a, **_: sdpa_flop_count(*a[:3]),
+    getattr(torch.ops.aten, FLASH + "_backward"): lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
 }
 GPU = torch.cuda.is_available()
 
