@@ -66,7 +66,7 @@ def curve(history, name: str, label: str, color: str, ax=None, line=None):
 
 def training_panel(history):
     """Loss, chosen and rejected rewards, margin and accuracy of a DPO run; returns the Figure."""
-    figure, axes = plt.subplots(2, 2, figsize=(9.5, 6), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(8, 5), layout="constrained")
     loss, rewards, margin, accuracy = axes.flat
     curve(history, "loss", "loss", BLUE, loss, (np.log(2), "start, ln 2"))
     curve(history, "rewards/chosen", "chosen", CHOSEN, rewards)
@@ -135,7 +135,8 @@ def name_lines(ax, ends: dict) -> None:
     for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
         low = max(y, low + gap)
         where = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
-        ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
+        text = ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
+        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
 
 
 def frontier(paths: dict[str, list[tuple]], limit, best_of=None):
@@ -150,7 +151,8 @@ def frontier(paths: dict[str, list[tuple]], limit, best_of=None):
     ax.annotate("exact limit", (limit[0][-1], limit[1][-1]), **end)
     for n, place in (best_of or {}).items():
         ax.plot(*place, "k+", markersize=9)
-        ax.annotate(f"best of {n}", place, (5, -11), textcoords="offset points", fontsize=8)
+        where = {"xytext": (-5, 4), "textcoords": "offset points", "ha": "right"}
+        ax.annotate(f"best of {n}", place, fontsize=8, **where)
     for i, places in enumerate(paths.values()):
         ax.plot(*zip(*places, strict=True), "o-", color=f"C{i}", markersize=4)
     name_lines(ax, {n: (*places[-1], f"C{i}") for i, (n, places) in enumerate(paths.items())})

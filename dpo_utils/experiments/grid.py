@@ -9,8 +9,9 @@ import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field, replace
-from multiprocessing import get_context
+from multiprocessing import get_context, parent_process
 from pathlib import Path
+from threading import Thread
 
 import numpy as np
 import pandas as pd
@@ -148,9 +149,15 @@ class Lab:
 
 def _open(*given):
     global LAB  # of a worker process
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the notebook's own process ends the pool
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook's own process,
+    Thread(target=_end_with_parent, daemon=True).start()  # and no worker outlives it
     torch.set_num_threads(1)
     LAB = Lab(*given)
+
+
+def _end_with_parent():
+    parent_process().join()
+    os._exit(0)
 
 
 def _run(*job):
