@@ -118,7 +118,8 @@ def interval_bars(results: dict, ax=None, unit: str = "share", marks=()):
     ax = _axes(ax, height=0.45 * len(results) + 1.1)
     values = np.array(list(results.values()))
     errors = np.abs(values[:, 1:].T - values[:, 0])
-    ax.barh(list(results), values[:, 0], xerr=errors, color=BLUE, alpha=0.75, capsize=3)
+    caps = {"xerr": errors, "capsize": 3} if errors.any() else {}  # one seed has no interval
+    ax.barh(list(results), values[:, 0], color=BLUE, alpha=0.75, **caps)
     for value, label in marks:
         ax.axvline(value, label=label, **GUIDE)
     if marks:
@@ -135,14 +136,14 @@ def name_lines(ax, ends: dict) -> None:
     for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
         low = max(y, low + gap)
         where = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
-        text = ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
-        text.set_bbox({"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5})
+        ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
 
 
-def frontier(paths: dict[str, list[tuple]], limit, best_of=None):
+def frontier(paths: dict[str, list[tuple]], limit, best_of=None, colors=None):
     """Reward against KL: {name: [(kl, reward) in the order of the steps]}, labelled at the ends.
 
-    limit: (kls, rewards) that no policy passes; best_of: {n: (kl, reward)} of best-of-n sampling.
+    limit: (kls, rewards) that no policy passes; best_of: {n: (kl, reward)} of best-of-n sampling;
+    colors: {name: colour}.
     """
     ax = _axes(None, 7.2, 4.2)
     ax.plot(*limit, color="black", linewidth=1)
@@ -153,9 +154,10 @@ def frontier(paths: dict[str, list[tuple]], limit, best_of=None):
         ax.plot(*place, "k+", markersize=9)
         where = {"xytext": (-5, 4), "textcoords": "offset points", "ha": "right"}
         ax.annotate(f"best of {n}", place, fontsize=8, **where)
-    for i, places in enumerate(paths.values()):
-        ax.plot(*zip(*places, strict=True), "o-", color=f"C{i}", markersize=4)
-    name_lines(ax, {n: (*places[-1], f"C{i}") for i, (n, places) in enumerate(paths.items())})
+    colors = colors or {name: f"C{i}" for i, name in enumerate(paths)}
+    for name, places in paths.items():
+        ax.plot(*zip(*places, strict=True), "o-", color=colors[name], markersize=4)
+    name_lines(ax, {name: (*places[-1], colors[name]) for name, places in paths.items()})
     ax.set_xlabel("KL(policy ‖ reference), nats per answer (square-root scale)")
     ax.set_ylabel("expected reward")
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
