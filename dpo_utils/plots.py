@@ -54,7 +54,7 @@ def curve(history, name: str, label: str, color: str, ax=None, line=None):
     """One metric: faint as measured, strong as a trailing mean of five; `line`: (height, label)."""
     ax = _axes(ax)
     steps, values = column(history, name)
-    ax.plot(steps, values, color=color, alpha=0.25, linewidth=1)
+    ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
     means = [np.mean(values[max(0, end - 5) : end]) for end in range(1, len(values) + 1)]
     ax.plot(steps, means, color=color, label=label)
     if line:
@@ -66,7 +66,7 @@ def curve(history, name: str, label: str, color: str, ax=None, line=None):
 
 def training_panel(history):
     """Loss, chosen and rejected rewards, margin and accuracy of a DPO run; returns the Figure."""
-    figure, axes = plt.subplots(2, 2, figsize=(8, 5), layout="constrained")
+    figure, axes = plt.subplots(2, 2, figsize=(7.4, 4.6), layout="constrained")
     loss, rewards, margin, accuracy = axes.flat
     curve(history, "loss", "loss", BLUE, loss, (np.log(2), "start, ln 2"))
     curve(history, "rewards/chosen", "chosen", CHOSEN, rewards)
