@@ -119,7 +119,8 @@ def _draw(model, tokenizer, prompts, uniforms, temperature) -> list[list[int]]:
         places = (mask.cumsum(1) - 1).clamp(min=0)[:, -tokens.shape[1] :]
         how = {"past_key_values": cache, "use_cache": True, "logits_to_keep": 1}
         out = model(tokens, attention_mask=mask, position_ids=places, **how)
-        cache, logits = out.past_key_values, out.logits[rows, -1].float()  # (running, V)
+        cache = getattr(out, "past_key_values", None)  # Mamba has none: it reads whole rows again
+        logits = out.logits[rows, -1].float()  # (running, V)
         if not logits.amax(-1).isfinite().all():
             raise ValueError("the logits are NaN: the weights diverged, lower the learning rate")
         drawn = logits.argmax(-1)
@@ -132,10 +133,14 @@ def _draw(model, tokenizer, prompts, uniforms, temperature) -> list[list[int]]:
         if not goes_on:
             break
         running, drawn = running[goes_on], torch.stack([rows, drawn])[:, goes_on]
-        (old_rows, tokens), rows = drawn.unique(dim=1, return_inverse=True)
-        if old_rows.tolist() != list(range(len(mask))):
-            cache.reorder_cache(old_rows)
-        tokens, mask = tokens[:, None], torch.cat([mask, mask[:, -1:]], 1)[old_rows]
+        (old_rows, new), rows = drawn.unique(dim=1, return_inverse=True)
+        if cache is None:
+            tokens = torch.cat([tokens[old_rows], new[:, None]], 1)
+        else:
+            if old_rows.tolist() != list(range(len(mask))):
+                cache.reorder_cache(old_rows)
+            tokens = new[:, None]
+        mask = torch.cat([mask, mask[:, -1:]], 1)[old_rows]
     return [row[row >= 0].tolist() for row in answers]
 
 
