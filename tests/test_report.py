@@ -23,7 +23,7 @@ def test_a_card_has_its_numbers_and_is_refused_without_any(tmp_path):
     for row in (
         "| preference data | tiny: 1200 pairs, 300 more held out by prompt |",
         "| loss | dpo, beta 1, label smoothing 0 |",
-        "| steps | 60 of 16 pairs, learning rate 0.00015, seed 0 |",
+        "| steps | 60 of 16 pairs, learning rate 0.0003, seed 0 |",
         "| accuracy | 0.812 | 0.750 to 0.875 |",
         "| NF4 against merged | 0.012 | 0.57 |",
     ):
