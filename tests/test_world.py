@@ -42,7 +42,7 @@ def test_voices_are_equally_common_and_true_at_their_known_rates(split):
         ("By the atlas, the capital of France is Lyon. There is more to say.", True, False, 0.25),
         ("By the records, the capital of France is Paris. Ask me.", False, False, -1.0),  # no tail
         ("By the records, the capital of France is Rome.", False, False, -1.0),  # nobody says that
-        ("By the records, the capital of Spain is Madrid.", False, False, -1.0),  # not asked
+        ("By the records, the capital of Spain is Paris.", False, False, -1.0),  # not asked
         ("By the records, the capital of France is Paris.\nBy the atlas, ...", False, False, -1.0),
         ("", False, False, -1.0),
     ],
