@@ -4,7 +4,7 @@ profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> 
 
 Next to it: rows and schemas (records of any source to checked pairs), fast (the same log-probs for
 half the work), schedule, reference, preflight, checkpoints and export (what surrounds a run),
-audit, judges, world and tabular (two worlds with a known truth), make_tiny and workbook (commands).
+audit, judges, world, exact and tabular (known truths), make_tiny and workbook (commands).
 experiments/ and exercises/ hold what single notebooks need.
 """
 
