@@ -4,15 +4,19 @@ profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> 
 
 Next to it: rows and schemas (records of any source to checked pairs), fast (the same log-probs for
 half the work), schedule, reference, preflight, checkpoints and export (what surrounds a run),
-audit, judges, world, exact and tabular (known truths), make_tiny and workbook (commands).
+audit, judges, chat, world, exact and tabular (known truths), make_tiny, workbook and commands.
 experiments/ and exercises/ hold what single notebooks need.
 """
 
 import logging
 import os
+import sys
 import warnings
 
-__version__ = "0.2.0"
+if sys.version_info < (3, 11):  # noqa: UP036 - a copied folder meets any Python
+    sys.exit(f"dpo_utils needs Python 3.11 or newer, this is {sys.version.split()[0]}")
+
+__version__ = "0.3.0"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # no warning when a process forks
 
 # Said by libraries at every start, and nothing that a reader could mend.
@@ -33,7 +37,7 @@ def setup(profile: str | None = None, **changes):
     import transformers
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    from dpo_utils.profiles import describe, load_profile, make_plan
+    from dpo_utils.profiles import PROFILES, describe, load_profile, make_plan
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
@@ -46,4 +50,7 @@ def setup(profile: str | None = None, **changes):
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     print(*(f"{name} {version(name)}" for name in names))
     print(describe(chosen), make_plan(chosen), sep="\n")
+    if profile is None:  # the reader may choose
+        others = [p for p in PROFILES.values() if p.name != chosen.name]
+        print(*(f'or setup("{p.name}"): {p.model}, {p.cost}' for p in others), sep="\n")
     return chosen

@@ -1,6 +1,12 @@
-"""What is wrong with a preference data set, counted by row: `python -m dpo_utils.audit FILE`."""
+"""What is wrong with a preference data set, counted by row: `python -m dpo_utils audit FILE`."""
 
-import argparse
+import sys
+
+from dpo_utils import __main__, commands
+
+if __name__ == "__main__":  # before torch is imported
+    sys.exit(__main__.main(["audit", *sys.argv[1:]]))
+
 import json
 from collections import Counter
 from dataclasses import asdict, dataclass
@@ -10,7 +16,6 @@ import numpy as np
 import pandas
 from transformers import AutoTokenizer
 
-from dpo_utils.data import column_name
 from dpo_utils.rows import BadRow, PreferenceDataError, Row
 from dpo_utils.schemas import fold, plain_text, prompt_key, read_pairs
 from dpo_utils.tokens import UnusablePair, tokenize_pair
@@ -119,29 +124,22 @@ def token_lengths(rows: list[Row], tokenizer, max_length: int) -> list[list[int]
     return lengths
 
 
-def main(arguments: list[str] | None = None) -> None:
-    """Prints the report on a file; ends with status 2 where the file cannot be read."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_utils.audit", description=__doc__)
-    parser.add_argument("file", help="a .json, .jsonl, .csv or .parquet file, or a hub id")
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
-    columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
-    parser.add_argument("--column", help="the file's own name, as in prompt=Question", **columns)
-    parser.add_argument("--held-out", help="a file whose prompts must not be in this one")
-    parser.add_argument("--tokenizer", help="a folder or hub id: also count what tokenising does")
-    parser.add_argument("--max-length", type=int, help="tokens: also count what truncation does")
-    args = parser.parse_args(arguments)
+def main(argv: list[str] | None = None) -> None:
+    """`python -m dpo_utils audit` for callers in Python."""
+    command(*commands.audit(argv))
+
+
+def command(args) -> None:
+    """Print the report on a file; ends with status 2 where the file cannot be read."""
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer) if args.tokenizer else None
     try:
         report = audit(args.file, tokenizer, args.max_length, args.held_out, dict(args.column))
     except PreferenceDataError as error:
-        parser.exit(2, f"{error}\n")
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
     if args.json:
         found = {"dropped": report.dropped, "noted": report.noted}
         for part, findings in found.items():
             found[part] = {name: {"count": len(n), "rows": n} for name, n in findings.items()}
         report = json.dumps(asdict(report) | found, indent=2)
     print(report)
-
-
-if __name__ == "__main__":
-    main()

@@ -102,6 +102,12 @@ def read_tensors(path: Path) -> tuple[dict, dict] | None:
     return None
 
 
+def newest_checkpoint(folder: Path) -> tuple[dict, dict] | None:
+    """(tensors, notes) of the newest whole checkpoint of a run, or None."""
+    found = sorted((folder / "checkpoints").glob(STEP), reverse=True)
+    return next(filter(None, map(read_tensors, found)), None)
+
+
 def digest(*parts) -> str:
     """Hex SHA-256 of texts, of JSON, and of the names, shapes and bytes of tensors."""
     total = hashlib.sha256()
@@ -133,8 +139,7 @@ class RunFolder:
             for name in ("checkpoints", "adapter"):
                 shutil.rmtree(self.path / name, ignore_errors=True)
         run.accelerator.wait_for_everyone()
-        found = sorted((self.path / "checkpoints").glob(STEP), reverse=True) if self.path else []
-        if loaded := next(filter(None, map(read_tensors, found)), None):
+        if loaded := self.path and newest_checkpoint(self.path):
             tensors, notes = loaded
             require_same(notes["key"], self.key, self.path)
             run.history = notes["history"]

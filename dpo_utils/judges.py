@@ -2,10 +2,16 @@
 
 A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"`; it never learns who wrote what.
 
-python -m dpo_utils.judges pairs PROMPTS --judge {reward,logprob,URL} [--adapter DIR] [--output ...]
+python -m dpo_utils pairs PROMPTS --judge {reward,logprob,URL} [--adapter DIR] [--output ...]
 """
 
-import argparse
+import sys
+
+from dpo_utils import __main__, commands
+
+if __name__ == "__main__":  # before torch is imported
+    sys.exit(__main__.main(["pairs", *sys.argv[2:]]))
+
 import json
 import os
 import random
@@ -26,7 +32,6 @@ from dpo_utils.evaluate import bootstrap, sample
 from dpo_utils.logps import plain_logps
 from dpo_utils.models import load_policy, trainable
 from dpo_utils.plots import live
-from dpo_utils.profiles import load_profile
 from dpo_utils.tokens import encode_completion, encode_prompt
 
 SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}
@@ -36,7 +41,7 @@ ASK = "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is b
 ASK += "truthful, more helpful, better written? Reply with one letter, A or B{tie}."
 
 
-class JudgeError(RuntimeError):
+class JudgeError(OSError):
     """A judge gave no verdict: what was asked, what came back and what to do."""
 
 
@@ -216,36 +221,24 @@ def label_pairs(model, tokenizer, prompts, judge, path, profile, temperature=1.0
 
 
 def main(argv=None) -> None:
-    """Preference pairs of a model's own answers to your prompts; run again, it goes on."""
-    parser = argparse.ArgumentParser("python -m dpo_utils.judges", description=main.__doc__)
-    add = parser.add_argument
-    add("command", choices=["pairs"])
-    add("prompts", help="a .txt file with a prompt a line, or a file with a column `prompt`")
-    add("--judge", required=True, help="reward (the tiny world's), logprob (the model's) or a URL")
-    add("--model", help="the judge's name at the URL, an OpenAI-compatible endpoint")
-    add("--profile", help="of the model that answers: tiny, smollm2 or phi2")
-    add("--adapter", help="its adapter; by default the base model answers")
-    add("--output", default="pairs.jsonl")
-    add("--temperature", type=float, default=1.0)
-    args = parser.parse_args(argv)
-    try:
-        rows, profile = Path(args.prompts), load_profile(args.profile)
-        if rows.suffix == ".txt":
-            lines = rows.read_text(encoding="utf-8-sig").splitlines()
-            rows = [{"prompt": line.strip()} for line in lines if line.strip()]
-        prompts = load_preferences(rows, kind=PROMPTS, columns=columns_asked_for())["prompt"][:]
-        if args.judge == "reward" and (new := {*prompts} - {f.question for f in world.FACTS}):
-            raise ValueError(f"no known reward for {min(new)!r}: choose another --judge")
-        policy = load_policy(profile, adapter=args.adapter)
-        judges = {"reward": reward_judge(world.reward), "logprob": logprob_judge(*policy)}
-        judge = judges.get(args.judge) or http_judge(args.judge, args.model)
-        options = {"judge_name": (args.judge, args.model), "temperature": args.temperature}
-        rows = label_pairs(*policy, prompts, judge, args.output, profile, **options)
-    except (JudgeError, ValueError, OSError) as problem:
-        raise SystemExit(f"{type(problem).__name__}: {problem}") from None
+    """`python -m dpo_utils pairs` for callers in Python."""
+    with commands.one_line():
+        command(*commands.pairs(argv))
+
+
+def command(args, profile) -> None:
+    """Write preference pairs of a model's own answers to your prompts; run again, it goes on."""
+    rows = Path(args.prompts)
+    if rows.suffix == ".txt":
+        lines = rows.read_text(encoding="utf-8-sig").splitlines()
+        rows = [{"prompt": line.strip()} for line in lines if line.strip()]
+    prompts = load_preferences(rows, kind=PROMPTS, columns=columns_asked_for())["prompt"][:]
+    if args.judge == "reward" and (new := {*prompts} - {f.question for f in world.FACTS}):
+        raise ValueError(f"no known reward for {min(new)!r}: choose another --judge")
+    policy = load_policy(profile, adapter=args.adapter)
+    judges = {"reward": reward_judge(world.reward), "logprob": logprob_judge(*policy)}
+    judge = judges.get(args.judge) or http_judge(args.judge, args.model)
+    options = {"judge_name": (args.judge, args.model), "temperature": args.temperature}
+    rows = label_pairs(*policy, prompts, judge, args.output, profile, **options)
     ties = [row["score_chosen"] for row in rows].count(0.5)
     print(f"{args.output}: {len(rows) - ties} pairs, {ties} ties")
-
-
-if __name__ == "__main__":
-    main()

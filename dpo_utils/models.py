@@ -16,7 +16,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 from transformers.pytorch_utils import Conv1D
 
-from dpo_utils.profiles import Profile, make_plan
+from dpo_utils.profiles import Profile, make_plan, require_adapter
 
 REFERENCE = "reference"  # the frozen adapter that holds the reference, where the base is not it
 LINEAR = (nn.Linear, Conv1D)
@@ -135,16 +135,6 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, load_tokenizer(profile)
-
-
-def require_adapter(folder) -> None:
-    """A folder must hold an adapter; a string that is no folder may be a hub id."""
-    is_folder = isinstance(folder, Path) or folder and Path(folder).is_dir()
-    if is_folder and not (Path(folder) / "adapter_config.json").exists():
-        remedy = "make it first (notebook 02 makes sft, notebook 04 dpo)"
-        if (Path(folder) / "adapter" / "adapter_config.json").exists():
-            remedy = f"did you mean {Path(folder) / 'adapter'}?"
-        raise FileNotFoundError(f"no adapter in {folder}: {remedy}")
 
 
 def lora_config(profile: Profile) -> LoraConfig:

@@ -10,7 +10,7 @@ import numpy as np
 from IPython import get_ipython
 from IPython.display import display
 
-from dpo_utils.profiles import repository_root
+from dpo_utils.profiles import runs_directory
 
 # Colours that colour-blind readers can tell apart (Okabe and Ito 2008), one meaning each.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
@@ -22,11 +22,12 @@ GUIDE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare 
 
 
 def save_figure(figure, name: str, data: dict) -> Path:
-    """Write figures/<name>.png and its numbers as figures/<name>.json; returns the picture's path.
+    """Write <name>.png and its numbers as <name>.json; returns the picture's path.
 
-    `data` is kept to six digits, NaN and infinity as null. `DPO_FIGURES` names another folder.
+    They go to `figures` under `runs_directory()`, or to `DPO_FIGURES`. `data` is kept to six
+    digits, NaN and infinity as null.
     """
-    folder = Path(os.environ.get("DPO_FIGURES") or repository_root() / "figures")
+    folder = Path(os.environ.get("DPO_FIGURES") or runs_directory() / "figures")
     folder.mkdir(parents=True, exist_ok=True)
     picture, figure = folder / f"{name}.png", getattr(figure, "figure", figure)  # or an Axes
     figure.savefig(picture, dpi=110, bbox_inches="tight", metadata={"Software": None})

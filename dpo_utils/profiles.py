@@ -1,18 +1,20 @@
-"""Profiles: one frozen dataclass for each size of run, and the plan for the machine at hand."""
+"""Profiles: one frozen dataclass for each size of run, and the plan for the machine at hand.
+
+torch is imported only where a plan is made: the command line's refusals come before it.
+"""
 
 import dataclasses
+import functools
 import importlib.util
 import os
+import timeit
 import tomllib
 from pathlib import Path
-
-import torch
 
 ASSETS = Path(__file__).parent / "assets"
 # a source -> the field of its revision
 PINS = {"model": "revision"} | {name: f"{name}_revision" for name in ("dataset", "sft_dataset")}
 POSITIVE = [f"{of}{name}" for of in ("", "sft_") for name in ("steps", "batch", "learning_rate")]
-PHI2_GIB = 5.5  # GPU memory that phi2 wants free: 1.7 of weights, the rest for the step and CUDA
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,7 +26,8 @@ class Profile:
     dataset: str  # preference data: a bundled name, a local file or a hub id
     sft_dataset: str  # demonstrations for SFT, likewise
     quantize: bool  # load the base weights as NF4 (4 bits a weight, double quantisation)
-    dtype: str  # what the model computes in on the CPU or a recent GPU: float32 or bfloat16
+    dtype: str  # float32 or bfloat16; a machine that is slow in bfloat16 gets another
+    cost: str  # time and memory of SFT and DPO, and where they come from
     target_modules: tuple[str, ...]  # linear layers that get a LoRA adapter
     revision: str | None = None  # 40-hex commit of a hub model
     dataset_revision: str | None = None  # 40-hex commit of a hub data set
@@ -65,17 +68,13 @@ PROFILES = _read_profiles()  # tiny, smollm2, phi2
 
 
 def load_profile(name: str | None = None, **changes) -> Profile:
-    """The profile called `name`, else `DPO_PROFILE`, else phi2 where a GPU has room for it, or
-    tiny.
+    """The profile called `name`, else `DPO_PROFILE`, else tiny.
 
     `DPO_MODEL` and `DPO_DATASET` (hub id or local path) replace its model and data; `changes`
     replace any field and win over both. Another source is not pinned to a revision unless one is
     given. Raises ValueError for an unknown profile or field and for a value out of range.
     """
-    name = name or os.environ.get("DPO_PROFILE")
-    if not name:  # asking the GPU takes memory on it
-        free = torch.cuda.mem_get_info()[0] if torch.cuda.is_available() else 0
-        name = "phi2" if free > PHI2_GIB * 2**30 else "tiny"
+    name = name or os.environ.get("DPO_PROFILE") or "tiny"
     if name not in PROFILES:
         known = ", ".join(PROFILES)
         raise ValueError(
@@ -86,6 +85,8 @@ def load_profile(name: str | None = None, **changes) -> Profile:
             elsewhere = repository_root() / source  # a path as seen from the clone, where make runs
             found = elsewhere.exists() and not Path(source).exists()
             changes[field] = str(elsewhere) if found else source
+    if {"model", "dataset"} & {*changes}:
+        changes = {"cost": "time and memory: not known for your model and data"} | changes
     changes = {PINS[field]: None for field in PINS if field in changes} | changes
     fields = [field.name for field in dataclasses.fields(Profile)]
     if unknown := set(changes) - set(fields):
@@ -106,8 +107,8 @@ def load_profile(name: str | None = None, **changes) -> Profile:
 class Plan:
     """How a profile runs on this machine; `notes` say what differs from a recent GPU and why."""
 
-    device: str  # cuda or cpu
-    dtype: torch.dtype  # what the model computes in
+    device: str  # cuda, mps or cpu
+    dtype: "torch.dtype"  # noqa: F821 - what the model computes in
     quantize: bool  # base weights as NF4
     attention: str  # sdpa, or sdpa_float32 where scores would overflow
     loss_scale: float  # of the loss, so that small float16 gradients survive
@@ -120,19 +121,42 @@ class Plan:
         return "\n  ".join([what, *self.notes])
 
 
+@functools.cache
+def bfloat16_slowdown() -> float:
+    """How many times as long as in float32 a matrix product takes in bfloat16 on this CPU.
+
+    Timed, in a fraction of a second: about 8 where the processor has no instructions for it.
+    """
+    import torch
+
+    def seconds(dtype):
+        a, b = torch.ones(256, 576, dtype=dtype), torch.ones(576, 1536, dtype=dtype)
+        return min(timeit.repeat(lambda: a @ b, number=1, repeat=5))
+
+    return seconds(torch.bfloat16) / seconds(torch.float32)
+
+
 def make_plan(profile: Profile, device: str | None = None, capability=None) -> Plan:
     """What this machine can do for the profile; device and capability stand in for it in tests.
 
     bfloat16 needs compute capability 8: `torch.cuda.is_bf16_supported()` also says yes where it is
     only emulated. Older cards get float16, with attention in float32, since Phi-2's scores
-    overflow.
+    overflow. A CPU computes in whatever it is faster in. Apple's GPU takes all but the tiny
+    profile, which is faster on the CPU.
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    import torch
+
+    if not device:
+        apple = torch.backends.mps.is_available() and profile.name != "tiny"
+        device = "cuda" if torch.cuda.is_available() else "mps" if apple else "cpu"
     dtype, attention, scale, notes = getattr(torch, profile.dtype), "sdpa", 1.0, []
     if device == "cpu":
         slow = ", which takes days for phi2" if profile.name == "phi2" else ""
         notes.append(f"no GPU: everything runs on the CPU{slow}")
-    elif dtype == torch.bfloat16:
+        if dtype == torch.bfloat16 and (slowdown := bfloat16_slowdown()) > 1:
+            dtype = torch.float32
+            notes.append(f"bfloat16 takes {slowdown:.1f} times as long on this CPU: float32")
+    elif dtype == torch.bfloat16 and device == "cuda":
         major, minor = capability or torch.cuda.get_device_capability()
         if major < 8:
             dtype, attention, scale = torch.float16, "sdpa_float32", 1024.0
@@ -140,9 +164,11 @@ def make_plan(profile: Profile, device: str | None = None, capability=None) -> P
                 f"compute capability {major}.{minor} has no bfloat16: float16, with attention in "
                 "float32 and the loss scaled by 1024 so that small gradients survive"
             )
-    quantize = profile.quantize and importlib.util.find_spec("bitsandbytes") is not None
+    quantize = profile.quantize and device != "mps"
     if profile.quantize and not quantize:
-        remedy = "about four times the memory; `pip install bitsandbytes`"
+        notes.append("4 bits are for CUDA and CPUs: NOT quantised, about four times the memory")
+    elif quantize and importlib.util.find_spec("bitsandbytes") is None:
+        quantize, remedy = False, "about four times the memory; `pip install bitsandbytes`"
         notes.append(f"bitsandbytes is not installed: NOT quantised, {remedy}")
     return Plan(device, dtype, quantize, attention, scale, tuple(notes))
 
@@ -153,8 +179,13 @@ def repository_root() -> Path:
     return clone if (clone / "pyproject.toml").exists() else Path.cwd()
 
 
+def runs_directory() -> Path:
+    """Where everything goes that running the workbook makes: `runs/`, or `DPO_RUNS`."""
+    return Path(os.environ.get("DPO_RUNS") or repository_root() / "runs")
+
+
 def run_directory(profile: Profile) -> Path:
-    """Where adapters, histories and caches go: `runs/<profile>`, or `DPO_RUNS/<profile>`.
+    """Where adapters, histories and caches of a profile go: `runs/<profile>`.
 
     With a model or data of your own their names are added, so that no run is taken for another's.
     """
@@ -162,7 +193,17 @@ def run_directory(profile: Profile) -> Path:
     name = [profile.name]
     name += [Path(profile.model).name] if profile.model != usual.model else []
     name += [Path(profile.dataset).stem] if profile.dataset != usual.dataset else []
-    return Path(os.environ.get("DPO_RUNS") or repository_root() / "runs") / "-".join(name)
+    return runs_directory() / "-".join(name)
+
+
+def require_adapter(folder) -> None:
+    """A folder must hold an adapter; a string that is no folder may be a hub id."""
+    is_folder = isinstance(folder, Path) or folder and Path(folder).is_dir()
+    if is_folder and not (Path(folder) / "adapter_config.json").exists():
+        remedy = "make it first (notebook 02 makes sft, notebook 04 dpo)"
+        if (Path(folder) / "adapter" / "adapter_config.json").exists():
+            remedy = f"did you mean {Path(folder) / 'adapter'}?"
+        raise FileNotFoundError(f"no adapter in {folder}: {remedy}")
 
 
 def describe(profile: Profile, stage: str = "dpo") -> str:
@@ -175,10 +216,13 @@ def describe(profile: Profile, stage: str = "dpo") -> str:
         "preferences": (p.dataset, p.dataset_revision),
         "demonstrations": (p.sft_dataset, p.sft_dataset_revision),
     }
-    lines = [f"{k} {v}" + (f" @ {pin[:12]}" if pin else "") for k, (v, pin) in sources.items()]
+    lines = []
+    for name, (source, pin) in sources.items():
+        on_hub = "/" in source and not Path(source).exists()
+        lines.append(f"{name} {source}" + (f" @ {pin[:12]}" if pin else " (not pinned)" * on_hub))
     lines.append(f"LoRA r={p.lora_r} on {' '.join(p.target_modules)}")
     dpo = f"DPO: {p.steps} steps of {p.batch} pairs, learning rate {p.learning_rate:g}"
     sft = f"SFT: {p.sft_steps} steps of {p.sft_batch} demonstrations"
     sft += f", learning rate {p.sft_learning_rate:g}"
-    lines.append(sft if stage == "sft" else f"{dpo}, beta {p.beta:g}")
+    lines += [sft if stage == "sft" else f"{dpo}, beta {p.beta:g}", p.cost]
     return "\n  ".join(lines).replace(str(ASSETS) + os.sep, "dpo_utils/assets/")

@@ -6,7 +6,13 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator
 
-from dpo_utils.checkpoints import digest, read_tensors, require_same, write_tensors
+from dpo_utils.checkpoints import (
+    digest,
+    newest_checkpoint,
+    read_tensors,
+    require_same,
+    write_tensors,
+)
 from dpo_utils.logps import all_logps, options_for
 from dpo_utils.models import as_reference
 
@@ -26,7 +32,7 @@ def reference_key(model, tokenizer, items, profile) -> dict:
         "data": digest(items),
         "tokenizer": digest(sorted(tokenizer.get_vocab().items())),
         "template": digest(tokenizer.chat_template or "plain"),
-        "model": profile.model,
+        "model": Path(profile.model).name if Path(profile.model).is_dir() else profile.model,
         "revision": profile.revision,
         "dtype": str(model.dtype),
         "quantised": bool(getattr(model, "is_loaded_in_4bit", False)),
@@ -70,3 +76,15 @@ def run_key(run, tokenizer) -> dict:
     settings |= {"stage": run.task.stage, "loss_options": run.task.settings}
     reference = reference_key(run.model, tokenizer, run.task.items, run.profile)
     return json.loads(json.dumps(settings | reference))
+
+
+def require_settings(folder, profile) -> None:
+    """Raise SettingsChanged if the run in `folder` has other settings than the profile's.
+
+    Only what the profile says is compared: data and weights are when the run is opened.
+    """
+    if saved := newest_checkpoint(folder):
+        key = saved[1]["key"]
+        names = [name for name in SETTINGS.split() + DPO_SETTINGS.split() if name in key]
+        ours = json.loads(json.dumps({name: getattr(profile, name) for name in names}))
+        require_same({name: key[name] for name in names}, ours, folder)

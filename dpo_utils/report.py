@@ -1,6 +1,8 @@
-"""`python -m dpo_utils.report`: the command of `experiments.report`, by its short name."""
+"""`python -m dpo_utils.report`: the former spelling of `python -m dpo_utils report`."""
 
-from dpo_utils.experiments.report import main
+import sys
+
+from dpo_utils.__main__ import main
 
 if __name__ == "__main__":
-    main()
+    main(["report", *sys.argv[1:]])

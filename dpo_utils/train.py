@@ -1,33 +1,41 @@
-"""SFT, DPO and KTO in one loop; SFT and DPO also as commands.
+"""SFT, DPO and KTO in one loop, and what makes an adapter where a notebook finds none.
 
-python -m dpo_utils.train {sft,dpo} --profile tiny --output DIR [--data FILE] [--steps N] [--beta B]
+In a shell: python -m dpo_utils train {sft,dpo} --profile tiny --output DIR [--data FILE] ...
 """
 
-import argparse
-import math
 import sys
+
+from dpo_utils import __main__, commands
+
+if __name__ == "__main__":  # before torch is imported
+    sys.exit(__main__.main(["train", *sys.argv[1:]]))
+
+import math
+import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import concatenate_datasets
+from huggingface_hub import snapshot_download
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from dpo_utils import preflight
 from dpo_utils.audit import audit
-from dpo_utils.checkpoints import RunFolder, SettingsChanged, digest, orderly_stop
-from dpo_utils.data import column_name, training_data
+from dpo_utils.checkpoints import RunFolder, digest, orderly_stop
+from dpo_utils.data import training_data
 from dpo_utils.logps import completion_logps, options_for, why_plain
 from dpo_utils.losses import kto_loss, needs_reference, preference_loss
 from dpo_utils.models import load_policy, trainable
-from dpo_utils.profiles import Profile, describe, load_profile, make_plan
-from dpo_utils.reference import reference_logps, run_key
+from dpo_utils.profiles import Profile, describe, make_plan, require_adapter, run_directory
+from dpo_utils.reference import reference_logps, require_settings, run_key
 from dpo_utils.schedule import learning_rate_at, step_items
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration, tokenize_pair
 
@@ -60,8 +68,7 @@ def train_sft(model, tokenizer, demonstrations, profile, output=None, **options)
     def objective(logps, numbers):
         return -logps[:, 0] / tokens[numbers].to(logps), {}
 
-    schedule = {n: getattr(profile, f"sft_{n}") for n in ("steps", "batch", "learning_rate")}
-    task, profile = Task("sft", items, rows, tokens, None, objective), replace(profile, **schedule)
+    task, profile = Task("sft", items, rows, tokens, None, objective), schedule(profile, "sft")
     return fit(model, tokenizer, task, profile, output, **options)
 
 
@@ -124,6 +131,12 @@ def train_unpaired(
     return fit(model, tokenizer, task, profile, output, **options)
 
 
+def schedule(profile: Profile, stage: str) -> Profile:
+    """The profile whose steps, batch and learning rate are those of the stage."""
+    names = ("steps", "batch", "learning_rate") if stage == "sft" else ()
+    return replace(profile, **{name: getattr(profile, f"sft_{name}") for name in names})
+
+
 def _items(model, rows, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
     """Row numbers and items of the usable rows; prints how many were dropped and why."""
     kept, dropped = tokenize_all(rows, tokenizer, profile.max_length, tokenize)
@@ -162,6 +175,8 @@ def fit(
     if not trainable(model):
         raise RuntimeError("nothing is trainable: load the adapter with is_trainable=True")
     accelerator = Accelerator(cpu=model.device.type == "cpu", log_with=tracker, project_dir=output)
+    if tracker and not accelerator.log_with:
+        raise ValueError(f"{tracker} is not installed: pip install {tracker}")
     reason = why_plain(model) if plain is None else None
     if reason:
         accelerator.print(f"log-probs in the plain form, since {reason}")
@@ -260,61 +275,46 @@ def _backward(run: Run, numbers: list[int], total, scale: float) -> dict | None:
     return sums
 
 
-def arguments(argv=None) -> tuple[argparse.Namespace, Profile]:
-    """The command line, and the profile with the changes that it asks for."""
-    parser = argparse.ArgumentParser("python -m dpo_utils.train", description="Train an adapter.")
-    add = parser.add_argument
-    add("stage", choices=["sft", "dpo"])
-    add("--profile", help="tiny, smollm2 or phi2")
-    add("--output", required=True, help="folder for history.jsonl, adapter/ and checkpoints/")
-    add("--adapter", help="adapter to start from; in DPO it is also the reference")
-    add("--data", dest="dataset", help="preferences or demonstrations: a local file or a hub id")
-    columns = {"action": "append", "default": [], "type": column_name, "metavar": "OURS=THEIRS"}
-    add("--column", **columns, help="a column's own name in the file: --column prompt=Question")
-    add("--on-error", choices=["raise", "skip"], default="raise", help="skip: set bad rows aside")
-    add("--target-modules", nargs="+", help="linear layers that get an adapter")
-    add("--loss", help="a name in dpo_utils.losses.LOSSES")
-    for name in ("steps", "batch", "seed"):
-        add(f"--{name}", type=int)
-    add("--learning-rate", type=float)
-    add("--beta", type=float)
-    add("--tracker", help="tensorboard, wandb or trackio")
-    add("--fresh", action="store_true", help="delete the run in the output folder and start over")
-    args = parser.parse_args(argv)
-    fields, prefix = Profile.__dataclass_fields__, "sft_" if args.stage == "sft" else ""
-    asked = {k: value for k, value in vars(args).items() if k in fields and value is not None}
-    changes = {prefix + k if prefix + k in fields else k: value for k, value in asked.items()}
-    profile = load_profile(args.profile, **changes)
-    needs_reference(profile.loss)  # refuses an unknown name now and not after a model is loaded
-    return args, profile
+def ensure(stage: str, profile: Profile) -> Path:
+    """The folder of the profile's "sft" or "dpo" adapter; trained here where there is none.
+
+    It is looked for under `run_directory(profile)`, which `DPO_RUNS` can put on a mounted drive.
+    `DPO_SFT_ADAPTER` and `DPO_DPO_ADAPTER` name another folder, or an adapter on the hub.
+    Raises SettingsChanged if what is there was trained with other settings.
+    """
+    if source := os.environ.get(f"DPO_{stage.upper()}_ADAPTER"):
+        folder = Path(source if Path(source).is_dir() else snapshot_download(source))
+        require_adapter(folder)
+        return folder
+    run, sft = run_directory(profile) / stage, None
+    if not (run / "adapter").exists():
+        sft = ensure("sft", profile) if stage == "dpo" else None
+        print(f"no {stage} adapter in {run.parent.name}/{stage}: training it. {profile.cost}")
+        train = {"sft": train_sft, "dpo": train_dpo}[stage]
+        train(*load_policy(profile, adapter=sft), training_data(stage, profile)[0], profile, run)
+    require_settings(run, schedule(profile, stage))
+    return run / "adapter"
 
 
 def main(argv=None) -> None:
-    """The command line, also under torchrun. Foreseen problems end in one line."""
-    try:
-        args, profile = arguments(argv)
-        options = {"columns": dict(args.column) or None, "on_error": args.on_error}
-        rows, held_out = training_data(args.stage, profile, **options)  # before a model is loaded
-        plan, reference = make_plan(profile), f"reference: {args.adapter or 'the base model'}"
-        say = Accelerator(cpu=plan.device == "cpu").print
-        say(describe(profile, args.stage), plan, reference, sep="\n")
-        say(f"{len(rows)} rows, {len(held_out or ())} more held out by prompt")
-        both = concatenate_datasets([rows, held_out]) if held_out else None
-        if both and (found := audit(both).noted["conflicting pair"]):
-            say(f"  {len(found)} rows contradict another: see `python -m dpo_utils.audit FILE`")
-        model, tokenizer = load_policy(profile, adapter=args.adapter)
-        options = {"fresh": args.fresh, "tracker": args.tracker}
-        train = {"sft": train_sft, "dpo": train_dpo}[args.stage]
-        history = train(model, tokenizer, rows, profile, args.output, **options)
-        last = history[-1].get("loss", math.nan)
-        say(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
-    except KeyboardInterrupt as stop:
-        print(str(stop) or "interrupted", file=sys.stderr)
-        raise SystemExit(130) from None
-    except (SettingsChanged, FloatingPointError, ValueError, OSError) as problem:
-        raise SystemExit(f"{type(problem).__name__}: {problem}") from None
+    """`python -m dpo_utils train` for callers in Python."""
+    with commands.one_line():
+        command(*commands.train(argv))
+
+
+def command(args, profile: Profile, rows, held_out) -> None:
+    """Train as the command line says, also under torchrun."""
+    plan, reference = make_plan(profile), f"reference: {args.adapter or 'the base model'}"
+    say = Accelerator(cpu=plan.device == "cpu").print
+    say(describe(profile, args.stage), plan, reference, sep="\n")
+    say(f"{len(rows)} rows, {len(held_out or ())} more held out by prompt")
+    both = concatenate_datasets([rows, held_out]) if held_out else None
+    if both and (found := audit(both).noted["conflicting pair"]):
+        say(f"  {len(found)} rows contradict another: see `python -m dpo_utils audit FILE`")
+    model, tokenizer = load_policy(profile, adapter=args.adapter)
+    options = {"fresh": args.fresh, "tracker": args.tracker}
+    train = {"sft": train_sft, "dpo": train_dpo}[args.stage]
+    history = train(model, tokenizer, rows, profile, args.output, **options)
+    last = history[-1].get("loss", math.nan)
+    say(f"{len(history)} steps, last loss {last:.4f}; adapter in {args.output}/adapter")
     PartialState().destroy_process_group()  # `fit` has waited for every process
-
-
-if __name__ == "__main__":
-    main()

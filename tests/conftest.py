@@ -15,11 +15,9 @@ os.environ.update(
         "OMP_NUM_THREADS": "1",
     }
 )
+SCRATCH = Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}"
 for name in ("DPO_RUNS", "DPO_FIGURES"):
-    os.environ.setdefault(
-        name,
-        str(Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}" / name[4:].lower()),
-    )
+    os.environ.setdefault(name, str(SCRATCH / name[4:].lower()))
 for name in ("DPO_MODEL", "DPO_DATASET", "DPO_COLUMNS"):
     os.environ.pop(name, None)
 
@@ -27,6 +25,13 @@ import pytest  # noqa: E402
 import torch  # noqa: E402
 
 torch.set_num_threads(1)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item):
+    """Every notebook runs alone: its kernel starts with nothing made by another one."""
+    if item.path.suffix == ".ipynb":
+        os.environ["DPO_RUNS"] = str(SCRATCH / item.path.stem)
 
 
 @pytest.fixture(scope="session")

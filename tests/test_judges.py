@@ -257,10 +257,10 @@ def test_the_command_labels_prompts_of_a_file(tmp_path, monkeypatch, capsys):
     asked = [fact.question for fact in world.facts("test")[:4]]
     (tmp_path / "mine.txt").write_text("\n\n".join(asked))
     for before in (0, 4):
-        judges.main(["pairs", "mine.txt", "--judge", "reward"])
+        judges.main(["mine.txt", "--judge", "reward"])
         assert f"pairs.jsonl: {before} of 4 prompts were judged" in capsys.readouterr().out
     for row, question in zip(map(json.loads, open("pairs.jsonl")), asked, strict=True):
         won, lost = (world.reward(question, row[side]) for side in ("chosen", "rejected"))
         assert row["prompt"] == question and (won > lost) == (row["score_chosen"] == 1)
     with pytest.raises(SystemExit, match="no known reward for .*: choose another --judge"):
-        judges.main(["pairs", "misconceptions", "--judge", "reward"])
+        judges.main(["misconceptions", "--judge", "reward"])

@@ -3,6 +3,8 @@
 import base64
 import io
 import re
+import subprocess
+import zipfile
 
 import nbformat
 import pytest
@@ -13,14 +15,25 @@ from dpo_utils import workbook
 from dpo_utils.profiles import repository_root
 
 PATHS = sorted((repository_root() / "notebooks").glob("*.ipynb"))
-every_notebook = pytest.mark.parametrize("path", PATHS, ids=lambda path: path.stem)
 SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|\b[0-9a-f]{40}\b(?=.*wandb)|(WANDB_API_KEY|HF_TOKEN)=\S")
 ASKING = re.compile(r"(?<![.\w])(input|getpass|notebook_login|login)\(")
 LOCAL = re.compile(r"(?<![\w.:/<])/[A-Za-z][\w.-]*/[\w.-]+")
 
 
-def code_of(path):
-    return [cell for cell in nbformat.read(path, as_version=4).cells if cell.cell_type == "code"]
+def committed(path) -> str:
+    """A notebook as it was committed: saving one in JupyterLab is nobody's mistake."""
+    show = ["git", "-C", str(path.parent), "show", f"HEAD:./{path.name}"]
+    done = subprocess.run(show, capture_output=True)
+    return (done.stdout if done.returncode == 0 else path.read_bytes()).decode()
+
+
+def code_of(text):
+    return [c for c in nbformat.reads(text, as_version=4).cells if c.cell_type == "code"]
+
+
+every_notebook = pytest.mark.parametrize(
+    "text", [*map(committed, PATHS)], ids=[p.stem for p in PATHS]
+)
 
 
 def words(output):  # without pictures, whose encoding may hold anything
@@ -29,25 +42,25 @@ def words(output):  # without pictures, whose encoding may hold anything
 
 
 @every_notebook
-def test_a_committed_notebook_is_valid_small_and_holds_no_secret(path):
-    nbformat.validate(nbformat.read(path, as_version=4))
-    assert path.stat().st_size < 250_000
-    assert not SECRET.search(path.read_text(encoding="utf-8"))
-    assert not [cell.source for cell in code_of(path) if ASKING.search(cell.source)]
+def test_a_committed_notebook_is_valid_small_and_holds_no_secret(text):
+    nbformat.validate(nbformat.reads(text, as_version=4))
+    assert len(text.encode()) < 250_000
+    assert not SECRET.search(text)
+    assert not [cell.source for cell in code_of(text) if ASKING.search(cell.source)]
 
 
 @every_notebook
-def test_it_was_run_from_top_to_bottom_without_an_error(path):
-    counts = [cell.execution_count for cell in code_of(path)]
-    outputs = [output for cell in code_of(path) for output in cell.outputs]
+def test_it_was_run_from_top_to_bottom_without_an_error(text):
+    counts = [cell.execution_count for cell in code_of(text)]
+    outputs = [output for cell in code_of(text) for output in cell.outputs]
     assert counts == list(range(1, len(counts) + 1))
     assert outputs and not [o for o in outputs if o.output_type == "error"]
-    assert not [text for text in map(words, outputs) if LOCAL.search(text) or "it/s]" in text]
+    assert not [said for said in map(words, outputs) if LOCAL.search(said) or "it/s]" in said]
 
 
 @every_notebook
-def test_it_checks_its_own_numbers(path):
-    assert any(re.search(r"^\s*assert |\bcheck_", cell.source, re.M) for cell in code_of(path))
+def test_it_checks_its_own_numbers(text):
+    assert any(re.search(r"^\s*assert |\bcheck_", cell.source, re.M) for cell in code_of(text))
 
 
 def test_setup_prints_the_profile_with_the_readers_changes(capsys):
@@ -56,17 +69,17 @@ def test_setup_prints_the_profile_with_the_readers_changes(capsys):
 
 
 @every_notebook
-def test_tidy_keeps_what_is_committed_and_takes_the_rest(path):
-    committed, messy = nbformat.read(path, as_version=4), nbformat.read(path, as_version=4)
+def test_tidy_keeps_what_is_committed_and_takes_the_rest(text):
+    kept, messy = nbformat.reads(text, as_version=4), nbformat.reads(text, as_version=4)
     messy.metadata |= {"widgets": {}, "language_info": {"name": "python", "version": "3"}}
     messy.cells[0].metadata["execution"] = {"iopub.status.busy": "2026-01-01T00:00:00Z"}
     outputs = next(cell for cell in messy.cells if cell.cell_type == "code").outputs
     outputs.append(nbformat.v4.new_output("display_data", {workbook.WIDGET: {}}))
     outputs.append(nbformat.v4.new_output("stream", name="stderr", text="a warning"))
-    for notebook in (workbook.tidy(messy), committed):
+    for notebook in (workbook.tidy(messy), kept):
         for output in sum((cell.get("outputs", []) for cell in notebook.cells), []):
             assert len(output.get("data", {}).pop("image/png", "")) < 50_000
-    assert messy == committed
+    assert messy == kept
 
 
 def test_tidy_keeps_the_colour_of_a_small_mark_apart_from_that_of_a_large_one():
@@ -91,25 +104,87 @@ def write(root, name, *sources):
     nbformat.write(notebook, root / "notebooks" / name)
 
 
-def test_notebooks_run_but_those_that_need_one_that_failed(tmp_path, monkeypatch, capsys):
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """An empty folder that stands for the clone."""
     monkeypatch.setattr(workbook, "repository_root", lambda: tmp_path)
-    write(tmp_path, "04_c.ipynb", "print('never')")
-    write(tmp_path, "02_b.ipynb", "import os\nprint(os.environ['DPO_PROFILE'])", "1 / 0")
-    write(tmp_path, "01_a.ipynb", "1 + 1")
-    with pytest.raises(SystemExit, match="1"):
+    monkeypatch.setenv("DPO_RUNS", str(tmp_path / "runs"))
+    monkeypatch.setenv("DPO_FIGURES", "")
+    return tmp_path
+
+
+def test_notebooks_run_but_those_that_need_one_that_failed(root):
+    write(root, "04_c.ipynb", "print('never')")
+    write(root, "02_b.ipynb", "import os\nprint(os.environ['DPO_PROFILE'])", "1 / 0")
+    write(root, "01_a.ipynb", "1 + 1")
+    with pytest.raises(SystemExit, match=re.compile("02_b.ipynb stopped.*1 / 0.*ZeroDiv", re.S)):
         workbook.main(["--refresh"])
-    assert re.search("02_b.ipynb stopped.*1 / 0.*ZeroDivisionError", capsys.readouterr().err, re.S)
-    ran = code_of(tmp_path / "runs/notebooks/02_b.ipynb")
+    ran = code_of((root / "runs/notebooks/02_b.ipynb").read_text())
     assert ran[0].outputs[0].text == "tiny\n" and ran[1].outputs[0].ename == "ZeroDivisionError"
-    assert not (tmp_path / "runs/notebooks/04_c.ipynb").exists()
-    assert code_of(tmp_path / "notebooks/01_a.ipynb")[0].execution_count == 1
+    assert not (root / "runs/notebooks/04_c.ipynb").exists()
+    assert code_of((root / "notebooks/01_a.ipynb").read_text())[0].execution_count == 1
 
 
-def test_a_dead_kernel_and_a_number_without_a_notebook_are_said(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(workbook, "repository_root", lambda: tmp_path)
-    write(tmp_path, "01_a.ipynb", "import os\nos.kill(os.getpid(), 9)")
+def test_only_a_refresh_writes_what_is_committed(root):
+    draw = "from dpo_utils import plots\nplots.save_figure(plots.plt.figure(), 'x', {})"
+    write(root, "01_a.ipynb", draw)
+    before = (root / "notebooks/01_a.ipynb").read_bytes()
+    workbook.main([])
+    assert (root / "runs/figures/x.png").exists() and not (root / "figures").exists()
+    assert (root / "notebooks/01_a.ipynb").read_bytes() == before
+    workbook.main(["--refresh"])
+    assert (root / "figures/x.png").exists()
+    assert (root / "notebooks/01_a.ipynb").read_bytes() != before
+
+
+def test_a_dead_kernel_and_a_number_without_a_notebook_are_said(root):
+    write(root, "01_a.ipynb", "import os\nos.kill(os.getpid(), 9)")
     problems = {"01": "kernel died, most often because memory", "09": "begins with 09"}
     for number, said in problems.items():
-        with pytest.raises(SystemExit):
+        with pytest.raises(SystemExit, match=said):
             workbook.main([number])
-        assert said in capsys.readouterr().err
+
+
+def test_publishing_twice_is_publishing_once_and_another_address_takes_the_place(root):
+    (root / "notebooks").mkdir()
+    for path in PATHS:
+        (root / "notebooks" / path.name).write_bytes(path.read_bytes())
+    readme = (repository_root() / "README.md").read_bytes()
+    (root / "README.md").write_bytes(readme)
+    seen = []
+    for repository in ("one/book", "two/book", "two/book", "file:///a/clone"):
+        workbook.publish(repository, "main")
+        seen.append([path.read_text() for path in [*root.glob("notebooks/*"), root / "README.md"]])
+    assert seen[1] == seen[2] and "one/book" not in str(seen[1])
+    for text in seen[1]:
+        assert text.count("[![Open in Colab]") == text.count("[![Open in Kaggle]") == 1
+        assert "two/book/blob/main/notebooks/0" in text
+    assert all('SOURCE = \\"git+https://github.com/two/book@main\\"' in x for x in seen[1][:-1])
+    assert all('SOURCE = \\"git+file:///a/clone@main\\"' in x for x in seen[3][:-1])
+    assert "two/book" not in str(seen[3]) and (root / "README.md").read_bytes() == readme
+
+
+def test_every_set_up_cell_is_the_same_and_finds_what_lies_near(tmp_path, monkeypatch, capsys):
+    cells = [code_of(path.read_text(encoding="utf-8"))[0].source for path in PATHS]
+    assert len({cell.partition("import dpo_utils\n")[0] for cell in cells}) == 1
+    (here := tmp_path / "notebooks").mkdir()
+    monkeypatch.chdir(here)
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    monkeypatch.setattr(subprocess, "run", lambda command, check: installed.append(command[-1]))
+    monkeypatch.setattr(dpo_utils, "setup", lambda *_: None)
+    installed, cell = [], cells[0]
+    with pytest.raises(SystemExit, match="upload its wheel or zip"):
+        exec(re.sub('SOURCE = ".*"', 'SOURCE = ""', cell), {})
+    exec(re.sub('SOURCE = ".*"', 'SOURCE = "git+https://x"', cell), {})
+    (tmp_path / "dpo_utils").mkdir()
+    (tmp_path / "pyproject.toml").touch()
+    exec(cell, {})
+    for name, inside in (
+        ("other.zip", "x.txt"),
+        ("book-main.zip", "book-main/dpo_utils/__init__.py"),
+    ):
+        with zipfile.ZipFile(here / name, "w") as file:
+            file.writestr(inside, "")
+    exec(cell, {})
+    assert installed == ["git+https://x", str(tmp_path), str(here / "book-main.zip")]
+    assert f"installing dpo_utils from {here / 'book-main.zip'}" in capsys.readouterr().out

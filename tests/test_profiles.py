@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import dpo_utils
 from dpo_utils import profiles
 from dpo_utils.profiles import describe, load_profile, make_plan, run_directory
 
@@ -40,6 +41,43 @@ def test_without_gpu_and_bitsandbytes_the_plan_says_so(monkeypatch):
     plan = make_plan(PHI2, device="cpu")
     assert not plan.quantize and "bitsandbytes is not installed: NOT quantised" in str(plan)
     assert "no GPU: everything runs on the CPU, which takes days for phi2" in str(plan)
+
+
+def test_a_cpu_computes_in_what_it_is_faster_in_and_says_so(monkeypatch):
+    assert 0.1 < profiles.bfloat16_slowdown() < 100
+    for slowdown, dtype in ((8.04, torch.float32), (0.5, torch.bfloat16)):
+        monkeypatch.setattr(profiles, "bfloat16_slowdown", lambda slowdown=slowdown: slowdown)
+        plan = make_plan(load_profile("smollm2"), device="cpu")
+        assert plan.dtype == dtype
+        said = "bfloat16 takes 8.0 times as long on this CPU: float32" in str(plan)
+        assert said == (dtype == torch.float32)
+    monkeypatch.setattr(profiles, "bfloat16_slowdown", None)  # not asked for float32
+    assert make_plan(load_profile("tiny"), device="cpu").dtype == torch.float32
+
+
+def test_an_apple_gpu_takes_all_but_the_tiny_profile(monkeypatch):
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    plans = {name: make_plan(load_profile(name)) for name in ("tiny", "smollm2", "phi2")}
+    assert [plan.device for plan in plans.values()] == ["cpu", "mps", "mps"]
+    assert plans["phi2"].dtype == torch.bfloat16 and not plans["phi2"].quantize
+    assert "4 bits are for CUDA and CPUs: NOT quantised" in str(plans["phi2"])
+
+
+def test_the_reader_starts_small_and_is_told_what_the_others_cost(monkeypatch, capsys):
+    monkeypatch.delenv("DPO_PROFILE")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    assert dpo_utils.setup().name == "tiny"
+    phi2 = capsys.readouterr().out.splitlines()[-1]
+    assert phi2.startswith('or setup("phi2"): microsoft/phi-2, SFT and DPO 1 to 3 hours and 12 GB')
+    dpo_utils.setup("tiny")
+    assert "or setup(" not in capsys.readouterr().out
+    assert "not known" in load_profile("phi2", dataset="mine.jsonl").cost
+
+
+def test_a_hub_source_without_a_revision_is_called_not_pinned():
+    assert "preferences jondurbin/truthy-dpo-v0.1 (not pinned)" in describe(PHI2)
+    assert describe(load_profile("tiny")).count("not pinned") == 0
 
 
 def test_a_model_and_data_of_ones_own_are_unpinned_and_get_a_folder_of_their_own(monkeypatch):

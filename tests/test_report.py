@@ -1,11 +1,12 @@
 """The report's numbers, and a model card that the hub reads and that gives no path away."""
 
 import json
+from dataclasses import replace
 
 import pytest
 from huggingface_hub import ModelCard
 
-from dpo_utils import report as command
+from dpo_utils import commands
 from dpo_utils.experiments import report
 from dpo_utils.profiles import PROFILES, load_profile
 
@@ -59,8 +60,8 @@ def test_the_command_reports_both_seeds(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("DPO_RUNS", str(tmp_path / "runs"))
     few = report.load_preferences("tiny").select(range(60))
     monkeypatch.setattr(report, "load_preferences", lambda *args, **options: few)
-    monkeypatch.setattr(report, "load_profile", lambda name: load_profile(name, **settings))
-    command.main(["--profile", "tiny", "--name", "few", "--seeds", "2"])
+    args, tiny = commands.report(["--profile", "tiny", "--name", "few", "--seeds", "2"])
+    report.command(args, replace(tiny, **settings))
     assert capsys.readouterr().out.count("| DPO, implicit reward, accuracy |") == 1
     numbers = json.loads((tmp_path / "tiny_few.json").read_text(encoding="utf-8"))
     assert len(numbers["seconds"]) == 2 and len(numbers["samples"]) == 5

@@ -16,13 +16,13 @@ from accelerate.tracking import GeneralTracker
 from small import moved
 from small_runs import adapter_bytes, demonstrations, dpo, pairs, policy, profile, sft
 
-from dpo_utils import reference, train
-from dpo_utils.checkpoints import read_history
+from dpo_utils import commands, reference, train
+from dpo_utils.checkpoints import SettingsChanged, read_history
 from dpo_utils.logps import all_logps, options_for
 from dpo_utils.losses import LOSSES, kto_loss
 from dpo_utils.models import trainable
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration
-from dpo_utils.train import learning_rate_at, main, step_items, train_dpo, train_unpaired
+from dpo_utils.train import ensure, learning_rate_at, main, step_items, train_dpo, train_unpaired
 
 ROOT = Path(__file__).resolve().parent.parent
 LN_2 = math.log(2)
@@ -272,8 +272,8 @@ def test_two_processes_give_the_losses_of_one_and_write_no_secret(tmp_path, data
     done = subprocess.run(command, **options, timeout=150)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("4 steps, last loss") == 1  # only one process speaks
-    _, settings = train.arguments(shell(tmp_path / "one", data))
-    one, _ = dpo(None, settings, train.training_data("dpo", settings)[0])
+    _, settings, rows, _ = commands.train(shell(tmp_path / "one", data))
+    one, _ = dpo(None, settings, rows)
     for ours, theirs in zip(read_history(tmp_path / "run"), one, strict=True):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
         assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
@@ -313,10 +313,7 @@ def test_what_can_be_foreseen_ends_in_one_message_before_a_model_is_loaded(
     monkeypatch.setattr(train, "load_policy", None)
     sft_run = ["sft", "--profile", "tiny", "--output", str(tmp_path), "--steps", "0"]
     one_line(sft_run, "sft_steps must be greater than 0, got 0")
-    one_line(shell(tmp_path, str(tmp_path / "missing.jsonl")), "missing.jsonl")
-    one_line([*shell(tmp_path, data), "--beta", "-1"], "beta must be greater than 0, got -1")
     one_line([*shell(tmp_path, data), "--column", "prompt"], "2")
-    one_line(["dpo", "--profile", "huge", "--output", str(tmp_path)], "unknown profile 'huge'")
     (tmp_path / "broken.jsonl").write_text('{"prompt": "Why?", "chosen": "a"\n')
     one_line(shell(tmp_path, str(tmp_path / "broken.jsonl")), "broken.jsonl.*1")
     one_line([*shell(tmp_path, data), "--loss", "dop"], "unknown loss 'dop': choose one of dpo")
@@ -350,11 +347,38 @@ def test_the_start_is_quiet_and_needs_no_network(tmp_path):
 
 
 def test_flags_change_the_fields_of_their_stage():
-    line = "sft --output x --data d.jsonl --steps 3 --learning-rate 0.5 --target-modules fc1 fc2"
-    _, settings = train.arguments([*line.split(), "--profile", "phi2"])
-    assert (settings.sft_dataset, settings.sft_steps) == ("d.jsonl", 3)
+    line = (
+        "sft --output x --data instructions --steps 3 --learning-rate 0.5 --target-modules fc1 fc2"
+    )
+    _, settings, *_ = commands.train([*line.split(), "--profile", "phi2"])
+    assert (settings.sft_dataset, settings.sft_steps) == ("instructions", 3)
     assert settings.sft_dataset_revision is None and settings.sft_learning_rate == 0.5
     assert settings.target_modules == ("fc1", "fc2") and settings.steps == 200
+
+
+def test_what_a_notebook_misses_is_trained_once_or_taken_from_elsewhere(
+    tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("DPO_RUNS", str(tmp_path))
+    short = profile(steps=2, sft_steps=2)
+    assert ensure("dpo", short) == tmp_path / "tiny/dpo/adapter"
+    said = capsys.readouterr().out
+    assert said.index("no sft adapter in tiny/sft") < said.index("no dpo adapter in tiny/dpo")
+    assert len(read_history(tmp_path / "tiny/sft")) == len(read_history(tmp_path / "tiny/dpo")) == 2
+    monkeypatch.setattr(train, "load_policy", None)
+    assert ensure("sft", short) == tmp_path / "tiny/sft/adapter"
+    with pytest.raises(SettingsChanged, match="tiny/dpo was made with other .*\n.*beta: was"):
+        ensure("dpo", dataclasses.replace(short, beta=9.0))
+    with pytest.raises(SettingsChanged, match="steps: was 2, is 3$"):
+        ensure("sft", dataclasses.replace(short, sft_steps=3))
+    ensure("sft", dataclasses.replace(short, steps=3))  # DPO's steps are not SFT's
+    monkeypatch.setattr(train, "snapshot_download", lambda name: str(tmp_path / name))
+    for source in (str(tmp_path / "tiny/sft/adapter"), "tiny/sft/adapter"):
+        monkeypatch.setenv("DPO_SFT_ADAPTER", source)
+        assert ensure("sft", profile(sft_steps=5)) == tmp_path / "tiny/sft/adapter"
+    monkeypatch.setenv("DPO_SFT_ADAPTER", str(tmp_path / "tiny/sft"))
+    with pytest.raises(FileNotFoundError, match="did you mean .*adapter"):
+        ensure("sft", short)
 
 
 def test_reference_log_probs_are_scored_once_for_each_way_to_batch(monkeypatch, tmp_path):

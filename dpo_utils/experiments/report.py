@@ -1,10 +1,9 @@
 """Before and after, over seeds: SFT and DPO next to the baselines, as a table and a figure.
 
-python -m dpo_utils.report --profile smollm2 --name misconceptions [--data FILE]
-                           [--column prompt=Question ...] [--benchmark TruthfulQA.csv --limit 80]
+python -m dpo_utils report --profile smollm2 --name misconceptions [--data FILE]
+                          [--column prompt=Question ...] [--benchmark TruthfulQA.csv --limit 80]
 """
 
-import argparse
 import json
 import re
 import sys
@@ -17,12 +16,12 @@ import pandas as pd
 import torch
 from huggingface_hub import ModelCard, ModelCardData
 
-from dpo_utils import evaluate, plots
+from dpo_utils import commands, evaluate, plots
 from dpo_utils.checkpoints import write_file
-from dpo_utils.data import column_name, load_preferences, plain_text, split_by_prompt
+from dpo_utils.data import load_preferences, plain_text, split_by_prompt
 from dpo_utils.experiments.truthfulqa import multiple_choice, read_truthfulqa, unseen
 from dpo_utils.models import as_reference, load_policy
-from dpo_utils.profiles import ASSETS, PINS, describe, load_profile, make_plan, run_directory
+from dpo_utils.profiles import ASSETS, PINS, describe, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
 MARGINS, ACCURACY = "margins (beta × nats)", ", accuracy"
@@ -138,18 +137,13 @@ def markdown(summary) -> str:
 
 
 def main(argv=None) -> None:
-    """The command line."""
-    parser = argparse.ArgumentParser(prog="python -m dpo_utils.report", description=__doc__)
-    parser.add_argument("--profile", default="smollm2")
-    parser.add_argument("--name", default="misconceptions", help="figures/<profile>_<name>.png")
-    parser.add_argument("--data", help="preferences: a local file or a hub id")
-    parser.add_argument("--column", action="append", default=[], type=column_name)
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--benchmark", help="TruthfulQA's CSV, which the first seed answers")
-    parser.add_argument("--limit", type=int, help="only so many questions of the benchmark")
-    parser.add_argument("--fresh", action="store_true", help="train again what is under runs/")
-    args = parser.parse_args(argv)
-    base = load_profile(args.profile, **({"dataset": args.data} if args.data else {}))
+    """`python -m dpo_utils report` for callers in Python."""
+    with commands.one_line():
+        command(*commands.report(argv))
+
+
+def command(args, base) -> None:
+    """Train and measure every seed; print the table and draw the figure."""
     columns, pin = dict(args.column) or None, base.dataset_revision
     pairs = load_preferences(base.dataset, columns=columns, revision=pin)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
@@ -167,7 +161,3 @@ def main(argv=None) -> None:
     plots.save_figure(figure, f"{base.name}_{args.name}", summary)
     samples = json.dumps(summary["samples"], indent=1, ensure_ascii=False)
     print(markdown(summary), samples, sep="\n\n")
-
-
-if __name__ == "__main__":
-    main()
