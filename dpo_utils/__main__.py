@@ -8,6 +8,8 @@ from dpo_utils import commands
 
 def main(argv=None) -> None:
     """Read a command's arguments, then import what it runs. Foreseen problems end in one line."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="replace")  # no run fails for a letter that a console lacks
     name, *rest = (sys.argv[1:] if argv is None else argv) or ["--help"]
     if name not in commands.RUN:
         lines = [f"  {name:9s} {about}" for name, (*_, about) in commands.RUN.items()]

@@ -84,7 +84,9 @@ def require_settings(folder, profile) -> None:
     Only what the profile says is compared: data and weights are when the run is opened.
     """
     if saved := newest_checkpoint(folder):
-        key = saved[1]["key"]
+        key, ours = saved[1]["key"], vars(profile)
+        if key["stage"] == "sft":
+            ours = ours | {n: ours[f"sft_{n}"] for n in ("steps", "batch", "learning_rate")}
         names = [name for name in SETTINGS.split() + DPO_SETTINGS.split() if name in key]
-        ours = json.loads(json.dumps({name: getattr(profile, name) for name in names}))
+        ours = json.loads(json.dumps({name: ours[name] for name in names}))
         require_same({name: key[name] for name in names}, ours, folder)

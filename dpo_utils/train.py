@@ -23,6 +23,7 @@ from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import concatenate_datasets
+from filelock import FileLock
 from huggingface_hub import snapshot_download
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
@@ -68,7 +69,8 @@ def train_sft(model, tokenizer, demonstrations, profile, output=None, **options)
     def objective(logps, numbers):
         return -logps[:, 0] / tokens[numbers].to(logps), {}
 
-    task, profile = Task("sft", items, rows, tokens, None, objective), schedule(profile, "sft")
+    schedule = {n: getattr(profile, f"sft_{n}") for n in ("steps", "batch", "learning_rate")}
+    task, profile = Task("sft", items, rows, tokens, None, objective), replace(profile, **schedule)
     return fit(model, tokenizer, task, profile, output, **options)
 
 
@@ -129,12 +131,6 @@ def train_unpaired(
     known_by, ones = settings | {"labels": digest(good.tolist())}, torch.ones(len(items))
     task = Task("kto", items, rows, ones, reference, objective, known_by)
     return fit(model, tokenizer, task, profile, output, **options)
-
-
-def schedule(profile: Profile, stage: str) -> Profile:
-    """The profile whose steps, batch and learning rate are those of the stage."""
-    names = ("steps", "batch", "learning_rate") if stage == "sft" else ()
-    return replace(profile, **{name: getattr(profile, f"sft_{name}") for name in names})
 
 
 def _items(model, rows, tokenizer, profile: Profile, tokenize) -> tuple[list[int], list]:
@@ -286,13 +282,15 @@ def ensure(stage: str, profile: Profile) -> Path:
         folder = Path(source if Path(source).is_dir() else snapshot_download(source))
         require_adapter(folder)
         return folder
-    run, sft = run_directory(profile) / stage, None
-    if not (run / "adapter").exists():
-        sft = ensure("sft", profile) if stage == "dpo" else None
-        print(f"no {stage} adapter in {run.parent.name}/{stage}: training it. {profile.cost}")
-        train = {"sft": train_sft, "dpo": train_dpo}[stage]
-        train(*load_policy(profile, adapter=sft), training_data(stage, profile)[0], profile, run)
-    require_settings(run, schedule(profile, stage))
+    run = run_directory(profile) / stage
+    run.mkdir(parents=True, exist_ok=True)
+    with FileLock(run / "ensure.lock"):  # another notebook may be at it: wait, and find its adapter
+        if not (run / "adapter").exists():
+            sft = ensure("sft", profile) if stage == "dpo" else None
+            print(f"no {stage} adapter in {run.parent.name}/{stage}: training it. {profile.cost}")
+            policy, rows = load_policy(profile, adapter=sft), training_data(stage, profile)[0]
+            {"sft": train_sft, "dpo": train_dpo}[stage](*policy, rows, profile, run)
+    require_settings(run, profile)
     return run / "adapter"
 
 

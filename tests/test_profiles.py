@@ -40,7 +40,7 @@ def test_without_gpu_and_bitsandbytes_the_plan_says_so(monkeypatch):
     monkeypatch.setattr(profiles.importlib.util, "find_spec", lambda name: None)
     plan = make_plan(PHI2, device="cpu")
     assert not plan.quantize and "bitsandbytes is not installed: NOT quantised" in str(plan)
-    assert "no GPU: everything runs on the CPU, which takes days for phi2" in str(plan)
+    assert "no GPU: all runs on the CPU, which takes days for phi2" in str(plan)
 
 
 def test_a_cpu_computes_in_what_it_is_faster_in_and_says_so(monkeypatch):
@@ -55,10 +55,13 @@ def test_a_cpu_computes_in_what_it_is_faster_in_and_says_so(monkeypatch):
     assert make_plan(load_profile("tiny"), device="cpu").dtype == torch.float32
 
 
-def test_an_apple_gpu_takes_all_but_the_tiny_profile(monkeypatch):
-    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
-    plans = {name: make_plan(load_profile(name)) for name in ("tiny", "smollm2", "phi2")}
-    assert [plan.device for plan in plans.values()] == ["cpu", "mps", "mps"]
+def test_any_gpu_takes_all_but_the_tiny_profile(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
+    for name, gpu in (("cuda", torch.cuda), ("mps", torch.backends.mps)):
+        with monkeypatch.context() as patch:
+            patch.setattr(gpu, "is_available", lambda: True)
+            plans = {of: make_plan(load_profile(of)) for of in ("tiny", "smollm2", "phi2")}
+        assert [plan.device for plan in plans.values()] == ["cpu", name, name]
     assert plans["phi2"].dtype == torch.bfloat16 and not plans["phi2"].quantize
     assert "4 bits are for CUDA and CPUs: NOT quantised" in str(plans["phi2"])
 
