@@ -28,6 +28,10 @@ endif
 workbook: $(READY)
 	$(PY) -m dpo_utils workbook --profile $(PROFILE)
 
+# Every notebook alone, with Colab's versions of August 2026 or with the newest of everything.
+colab-check canary: $(READY)
+	$(PY) -m tests.places $(subst -check,,$@)
+
 # Unit tests, next to them every notebook through nbval, then ruff.
 NBVAL := -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test: $(READY)

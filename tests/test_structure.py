@@ -8,6 +8,7 @@ import pytest
 import yaml
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
+from places import COLAB
 
 ROOT = Path(__file__).resolve().parent.parent
 PATH = "profiles data tokens models logps losses train evaluate plots".split()
@@ -79,13 +80,21 @@ def test_constraints_pin_every_dependency_exactly():
         assert pin and requirement.specifier.contains(pin), f"{requirement}: pinned to {pin}"
 
 
-def test_environment_yml_holds_python_and_the_project_itself():
+def test_the_install_in_colab_replaces_nothing():
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    there = dict(version.split("==") for version in COLAB.split())
+    needs = {need.name: need.specifier for need in map(Requirement, project["dependencies"])}
+    assert not {"jupyter", "jupyterlab", "nbclient", "trl", "lm-eval"} & needs.keys()
+    assert [n for n in needs.keys() & there if not needs[n].contains(there[n])] == []
+
+
+def test_environment_yml_holds_python_as_tried_and_the_project_itself():
     environment = yaml.safe_load((ROOT / "environment.yml").read_text())
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     python, _, pip = environment["dependencies"]
-    assert python == "python" + project["requires-python"]
-    assert pip == {"pip": ["-e .[notebooks,benchmark,test]"]}
-    assert set(project["optional-dependencies"]) == {"notebooks", "benchmark", "test"}
+    assert python.startswith(f"python{project['requires-python']},<")
+    everything = f".[{','.join(project['optional-dependencies'])}]"
+    assert pip == {"pip": ["--constraint constraints.txt", f"--editable {everything}"]}
 
 
 @pytest.mark.parametrize(

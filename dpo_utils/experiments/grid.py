@@ -16,6 +16,7 @@ from threading import Thread
 import numpy as np
 import pandas as pd
 import torch
+import transformers
 from scipy.stats import t
 
 from dpo_utils import evaluate, exact, world
@@ -152,6 +153,7 @@ def _open(*given):
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # an interrupt is for the notebook's own process,
     Thread(target=_end_with_parent, daemon=True).start()  # and no worker outlives it
     torch.set_num_threads(1)
+    transformers.utils.logging.disable_progress_bar()
     LAB = Lab(*given)
 
 
