@@ -42,6 +42,10 @@ test: $(READY)
 	$(PY) -m ruff check dpo_utils tests notebooks
 	$(PY) -m ruff format --check dpo_utils tests
 
+# Sliders and buttons in JupyterLab under headless Chromium: needs Debian's chromium and playwright.
+browser-test: $(READY)
+	$(PY) -m pytest -q -rs tests/browser.py || test $$? = 5
+
 # ARGS are JupyterLab's own, as in ARGS='--port 9999 --no-browser'.
 lab: $(READY)
 	$(PY) -m dpo_utils lab $(ARGS)

@@ -17,12 +17,13 @@ import os
 import random
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import httpx
-import ipywidgets
 import numpy as np
 import torch
+from ipywidgets import Button, HBox, Textarea, VBox
 from tqdm import tqdm
 
 from dpo_utils import world
@@ -177,19 +178,19 @@ class BlindChoice:
         """The buttons, in Jupyter, VS Code and Colab; elsewhere a line that says so."""
         if not live():
             return print("buttons to choose with appear here in Jupyter, VS Code and Colab")
-        text = ipywidgets.Textarea(disabled=True, rows=12, layout={"width": "100%"})
-        buttons = [ipywidgets.Button(description=verdict) for verdict in SCORES]
+        panel = VBox()
 
-        def refresh(clicked=None):
-            if clicked and self.open:
+        def ask(pair=None, clicked=None):
+            if pair in self.open[:1]:  # no click that came late judges a pair unseen
                 self.choose(clicked.description)
-            shown = self.open and "{}\n\nA: {}\n\nB: {}".format(*self.open[0])
-            text.value = shown or "All are judged."
+            shown = "{}\n\nA: {}\n\nB: {}".format(*self.open[0]) if self.open else "All are judged."
+            text = Textarea(shown, disabled=True, rows=12, layout={"width": "100%"})
+            for button in (buttons := [Button(description=v) for v in SCORES if self.open]):
+                button.on_click(partial(ask, self.open[0]))
+            panel.children = [text, HBox(buttons)]
 
-        for button in buttons:
-            button.on_click(refresh)
-        refresh()
-        return ipywidgets.VBox([text, ipywidgets.HBox(buttons)])
+        ask()
+        return panel
 
 
 def label_pairs(model, tokenizer, prompts, judge, path, profile, temperature=1.0, **known_by):

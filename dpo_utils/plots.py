@@ -82,9 +82,11 @@ def training_panel(history):
 
 
 def live():
-    """Whether someone sits in front of Jupyter, VS Code or Colab; never if DPO_STATIC=1."""
+    """Whether someone sits before Jupyter, VS Code, Colab or Kaggle; never if DPO_STATIC=1."""
     in_code = "__vsc_ipynb_file__" in getattr(get_ipython(), "user_ns", {})
-    someone = in_code or "google.colab" in sys.modules or bool(os.environ.get("JPY_SESSION_NAME"))
+    on_kaggle = os.environ.get("KAGGLE_KERNEL_RUN_TYPE") == "Interactive"
+    in_jupyter = bool(os.environ.get("JPY_SESSION_NAME"))
+    someone = in_code or on_kaggle or in_jupyter or "google.colab" in sys.modules
     return someone and os.environ.get("DPO_STATIC") != "1"
 
 

@@ -1,5 +1,9 @@
 """Every check accepts the right function and rejects each bug by name; sliders need a reader."""
 
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import matplotlib.pyplot as plt
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model
@@ -133,12 +137,18 @@ def test_dropout_in_the_policy_and_overflow_are_named():
 
 
 def test_a_batch_run_makes_no_widget_and_a_slider_draws_when_it_is_let_go(monkeypatch, capsys):
-    seen = []
+    seen, cell = [], plt.figure()  # the figure of a cell that still runs
+    say = lambda ax: time.sleep(0.05) or seen.append(ax)  # noqa: E731
+    draw = lambda ax, beta: (say(ax), ax.set_title(beta), say(ax))  # noqa: E731
     monkeypatch.setenv("JPY_SESSION_NAME", "03.ipynb")
     monkeypatch.setenv("DPO_STATIC", "1")
-    assert widgets.show(lambda beta=0.5: seen.append(beta), beta=(0.0, 3.0, 0.1)) is None
+    assert widgets.show(draw, beta=(0.5, 0.0, 3.0, 0.1)) is None
     assert "sliders appear here" in capsys.readouterr().out and seen == []
     monkeypatch.delenv("DPO_STATIC")
-    slider, _ = widgets.show(lambda beta=0.5: seen.append(beta), beta=(0.0, 3.0, 0.1)).children
-    slider.value = 2.0
-    assert seen == [0.5, 2.0] and not slider.continuous_update
+    slider, picture = widgets.show(draw, beta=(0.5, 0.0, 3.0, 0.1)).children
+    before = picture.value
+    with ThreadPoolExecutor(2) as pool:  # Jupyter answers the browser in more than one thread
+        [*pool.map(slider.set_trait, ("value",) * 2, (1.0, 2.0))]
+    assert picture.value != before and plt.get_fignums() == [cell.number]
+    assert len(seen) == 6 and seen[::2] == seen[1::2] and seen[-1].get_title() == str(slider.value)
+    assert not slider.continuous_update
