@@ -193,6 +193,7 @@ class RunFolder:
                 if shutil.disk_usage(self.path).free < needed:
                     raise OSError(errno.ENOSPC, "the library would say it in its own way")
                 export.save_adapter(self.run.model, self.path / "adapter")
+                export.write_card(self.run, self.key, self.path / "adapter")
         self.run.accelerator.wait_for_everyone()
 
 

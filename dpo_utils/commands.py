@@ -10,7 +10,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from dpo_utils.profiles import PROFILES, Profile, load_profile, require_adapter
+from dpo_utils.profiles import PROFILES, Profile, load_profile, require_adapter, run_directory
 
 RUN = {  # command -> (module of dpo_utils, its function, what it does)
     "workbook": ("workbook", "command", "run the notebooks; executed copies go to runs/notebooks"),
@@ -20,8 +20,8 @@ RUN = {  # command -> (module of dpo_utils, its function, what it does)
     "pairs": ("judges", "command", "preference pairs of a model's own answers to your prompts"),
     "report": ("experiments.report", "command", "before and after DPO over several seeds"),
     "chat": ("chat", "command", "ask a model before and after DPO"),
-    "merge": ("export", "merge", "one plain model with the adapter merged in"),
-    "push": ("export", "push_command", "an adapter or a merged model, with its card, to the hub"),
+    "merge": ("export", "merge_and_save", "one plain model with the adapter merged in"),
+    "push": ("export", "push", "an adapter or a merged model, with its card, to the hub"),
     "publish": ("workbook", "publish", "write the repository's address and badges everywhere"),
 }
 
@@ -149,6 +149,49 @@ def workbook(argv=None) -> tuple[argparse.Namespace, Profile]:
     parser.add_argument("--refresh", action="store_true", help="also write notebooks/ and figures/")
     args = parser.parse_args(argv)
     return args, load_profile(args.profile)
+
+
+def chat(argv=None) -> tuple[Profile, str | None, str | None]:
+    """(profile, adapter, reference)."""
+    parser = _parser("chat")
+    add = parser.add_argument
+    add("--profile", **PROFILE)
+    add("--adapter", help="after training; by default the profile's DPO run, next to its SFT run")
+    add("--reference", help="before, with --adapter: an adapter; by default the base model")
+    args = parser.parse_args(argv)
+    profile = load_profile(args.profile)
+    if args.reference and not args.adapter:
+        parser.error("--reference is what --adapter is compared with: name both")
+    require_adapter(args.adapter or run_directory(profile) / "dpo" / "adapter")
+    require_adapter(args.reference)
+    return profile, args.adapter, args.reference
+
+
+def merge(argv=None) -> tuple[Profile, object, str]:
+    """(profile, adapter, output)."""
+    parser = _parser("merge")
+    add = parser.add_argument
+    add("--profile", **PROFILE)
+    add("--model", help="the adapter's base, where it is not the profile's: a folder or a hub id")
+    add("--adapter", help="by default that of the profile's DPO run")
+    add("--output", required=True, help="folder for the merged model")
+    args = parser.parse_args(argv)
+    profile = load_profile(args.profile, **({"model": args.model} if args.model else {}))
+    adapter = args.adapter or run_directory(profile) / "dpo" / "adapter"
+    require_adapter(adapter)
+    return profile, adapter, args.output
+
+
+def push(argv=None) -> tuple[str, str, bool, bool]:
+    """(folder, repository, private, dry run)."""
+    parser = _parser("push")
+    add = parser.add_argument
+    add("folder", help="an adapter, or the output of merge")
+    add("repository", help="owner/name on the hub; made if it is not there")
+    add("--public", action="store_true", help="by default the repository is private")
+    add("--dry-run", action="store_true", help="only say what would be sent")
+    args = parser.parse_args(argv)
+    return args.folder, args.repository, not args.public, args.dry_run
 
 
 def lab(argv=None) -> tuple[list[str]]:

@@ -5,49 +5,22 @@ python -m dpo_utils report --profile smollm2 --name misconceptions [--data FILE]
 """
 
 import json
-import re
 import sys
 import time
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 
 import pandas as pd
 import torch
-from huggingface_hub import ModelCard, ModelCardData
 
 from dpo_utils import commands, evaluate, plots
-from dpo_utils.checkpoints import write_file
 from dpo_utils.data import load_preferences, plain_text, split_by_prompt
 from dpo_utils.experiments.truthfulqa import multiple_choice, read_truthfulqa, unseen
 from dpo_utils.models import as_reference, load_policy
-from dpo_utils.profiles import ASSETS, PINS, describe, make_plan, run_directory
+from dpo_utils.profiles import describe, make_plan, run_directory
 from dpo_utils.train import train_dpo, train_sft, training_data
 
 MARGINS, ACCURACY = "margins (beta × nats)", ", accuracy"
-
-
-def write_card(folder, profile, pairs: int, held_out: int, metrics: dict, drift: dict) -> Path:
-    """Write README.md in `folder`, a Hugging Face model card without local paths; gives its path.
-
-    pairs, held_out: numbers of preference pairs. metrics: {name: (estimate, low, high)}. drift:
-    {what against what: {"mean": nats, "largest": nats}}. Raises ValueError without metrics.
-    """
-    if not metrics:
-        raise ValueError("a model card needs a measurement: run the evaluation, give its metrics")
-    values, hub = {"pairs": pairs, "held_out": held_out, "metrics": metrics, "drift": drift}, {}
-    for field, pin in PINS.items():
-        source, hub[field] = getattr(profile, field), None
-        on_hub = re.fullmatch(r"\w[\w.-]*(/\w[\w.-]*)?", source) and not Path(source).exists()
-        values[field] = source if on_hub else Path(source).name
-        if revision := getattr(profile, pin):
-            values[field], hub[field] = f"{source} @ {revision}", source
-    options = {"base_model": hub["model"], "datasets": hub["dataset"], "tags": ["dpo", "lora"]}
-    values |= {"profile": profile, "template_path": ASSETS / "model_card.md"}
-    card = ModelCard.from_template(ModelCardData(library_name="peft", **options), **values)
-    path = Path(folder) / "README.md"
-    write_file(path, str(card).encode())
-    return path
 
 
 def run_once(profile, pairs, folder, fresh: bool, benchmark: list[dict], limit) -> dict:
