@@ -88,3 +88,17 @@ def test_the_blind_choice_of_07_asks_once_and_counts_clicks(lab):
         page.get_by_role("button", name=verdict, exact=True).click()
         playwright.expect(text).not_to_have_value(shown, timeout=20_000)
         page.screenshot(path=ROOT / "runs" / "browser" / f"choice_{clicks}.png")
+
+
+def test_the_chat_of_05_answers_what_is_typed_in_two_columns(lab):
+    page, _ = lab[0]("05_evaluation.ipynb")
+    line = page.get_by_placeholder("Type a question")
+    for question, word in (
+        ("Who wrote Frankenstein?", "Frankenstein"),
+        ("How much is 5 plus 7?", "7"),
+    ):
+        line.fill(question)
+        line.press("Enter")
+        columns = page.locator(".jp-OutputArea-output pre[style*=pre-wrap]")
+        playwright.expect(columns).to_contain_text([word, word], timeout=20_000)
+        page.screenshot(path=ROOT / "runs" / "browser" / f"chat_{word}.png")
