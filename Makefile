@@ -20,7 +20,7 @@ endif
 
 .venv/.installed-%: pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python 3.11 or newer is needed: make PYTHON=python3.11")'
-	$(PYTHON) -m venv --clear .venv
+	@$(PY) -c 'import sys; sys.exit("%d.%d" % sys.version_info[:2] != "$*")' 2> /dev/null || $(PYTHON) -m venv --clear .venv
 	$(PY) -m pip install --quiet --constraint constraints.txt --editable '.[notebooks,benchmark,test]'
 	touch $@
 

@@ -16,9 +16,7 @@ SHAPE |= {"num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads
 SHAPE |= {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 2}
 CONFIGS = {"llama": {"tie_word_embeddings": True}, "qwen2": {}, "gpt2": {}}
 CONFIGS["phi"] = {"num_key_value_heads": 4, "resid_pdrop": 0.1, "partial_rotary_factor": 0.5}
-TARGETS = (
-    "q_proj k_proj v_proj dense fc1 fc2 down_proj c_attn c_fc x_proj".split()
-)  # where it has them
+TARGETS = "q_proj k_proj v_proj dense fc1 fc2 down_proj c_attn c_fc x_proj".split()
 
 
 def random_model(kind: str, dtype=torch.float32, attention: str = "sdpa", **changes):

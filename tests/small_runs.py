@@ -1,7 +1,5 @@
 """Small whole runs on the bundled model: ten pairs, a few steps, milliseconds each."""
 
-import contextlib
-import os
 from functools import cache
 
 from datasets import Dataset
@@ -59,26 +57,3 @@ def numbers(history) -> list[dict]:
 def adapter_bytes(output) -> bytes:
     """The weights as saved for others."""
     return (output / "adapter" / "adapter_model.safetensors").read_bytes()
-
-
-@contextlib.contextmanager
-def child(work):
-    """Run `work` in a forked process that shares everything loaded so far; gives its process id."""
-    pid = os.fork()
-    if pid == 0:
-        status = 1
-        try:
-            work()
-            status = 0
-        finally:
-            os._exit(status)
-    try:
-        yield pid
-    finally:
-        with contextlib.suppress(ChildProcessError):
-            os.waitpid(pid, 0)
-
-
-def ended(pid) -> int:
-    """Wait for a child: its exit status, or minus the number of the signal that ended it."""
-    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])

@@ -12,7 +12,6 @@ from dpo_utils import judges, world
 from dpo_utils.data import load_preferences
 from dpo_utils.evaluate import bootstrap
 from dpo_utils.judges import BlindChoice, JudgeError, compare, win_rate
-from dpo_utils.logps import plain_logps
 from dpo_utils.models import load_policy
 from dpo_utils.tokens import encode_completion, encode_prompt
 
@@ -44,10 +43,10 @@ def test_verdicts_that_contradict_each_other_are_a_tie(verdicts):
     assert (row["score"], row["agreed"]) == expected.get(verdicts, (0.5, False))
 
 
-@pytest.mark.parametrize("verdict", ["C", "a", "", None])
-def test_anything_but_a_verdict_raises_and_names_the_prompt(verdict):
-    with pytest.raises(JudgeError, match="'why is the sky blue'.*A, B or tie"):
-        compare(lambda *_: verdict, ["why is the sky blue"], ["one"], ["two"])
+def test_anything_but_a_verdict_raises_and_names_the_prompt():
+    for verdict in ("C", "a", "", None):
+        with pytest.raises(JudgeError, match="'why is the sky blue'.*A, B or tie"):
+            compare(lambda *_, v=verdict: v, ["why is the sky blue"], ["one"], ["two"])
 
 
 def test_win_rate_gives_intervals_in_all_and_by_length():
@@ -61,7 +60,6 @@ def test_win_rate_gives_intervals_in_all_and_by_length():
         "longer": bootstrap([0, 0, 0.5]),
         "agreed": bootstrap([1, 0, 1, 1, 1, 1, 0]),
     }
-    assert set(win_rate([{"length": 3, "score": 1, "agreed": True}])) == {"all", "longer", "agreed"}
     with pytest.raises(ValueError, match="nothing was judged"):
         win_rate([])
 
@@ -69,15 +67,14 @@ def test_win_rate_gives_intervals_in_all_and_by_length():
 def test_the_local_judge_names_the_more_probable_letter(tiny):
     model, tokenizer = load_policy(tiny)
     question = {"prompt": "What is the capital of Malta?", "a": "It is Valletta.", "b": "Sliema."}
-    ids = encode_prompt(judges.ASK.format(**question, tie=""), tokenizer)
-    letters = [encode_completion(letter, tokenizer)[:1] for letter in "AB"]
+    ids = torch.tensor([encode_prompt(judges.ASK.format(**question, tie=""), tokenizer)])
+    letters = [encode_completion(letter, tokenizer)[0] for letter in "AB"]
     with torch.no_grad():
-        one, two = plain_logps(model, [(ids, letters)], tokenizer.pad_token_id).tolist()
-        swapped = [letter for (letter,) in letters]
-        assert judges.logprob_judge(model, tokenizer)(**question) == ("A" if one > two else "B")
+        more = model(ids).logits[0, -1, letters].argmax()
+        assert judges.logprob_judge(model, tokenizer)(**question) == "AB"[more]
         for tensor in model.get_output_embeddings().parameters():  # the letters change places
-            tensor[swapped] = tensor[swapped[::-1]]
-    assert judges.logprob_judge(model, tokenizer)(**question) == ("B" if one > two else "A")
+            tensor[letters] = tensor[letters[::-1]]
+    assert judges.logprob_judge(model, tokenizer)(**question) == "BA"[more]
 
 
 def says(content):
@@ -153,12 +150,12 @@ def test_a_refusal_or_redirect_ends_at_once_and_the_key_goes_nowhere(server, sta
     assert len(server.seen) == 1 and KEY not in str(caught.value)
 
 
-@pytest.mark.parametrize("bad", [f"{KEY}\n{KEY}", f"{KEY}…"])
-def test_a_key_that_no_header_can_carry_is_not_quoted(server, monkeypatch, bad):
-    monkeypatch.setenv("OPENAI_API_KEY", bad)
-    with pytest.raises(JudgeError, match="OPENAI_API_KEY") as caught:
-        ask()
-    assert "secret" not in str(caught.value) and server.seen == []
+def test_a_key_that_no_header_can_carry_is_not_quoted(server, monkeypatch):
+    for bad in (f"{KEY}\n{KEY}", f"{KEY}…"):
+        monkeypatch.setenv("OPENAI_API_KEY", bad)
+        with pytest.raises(JudgeError, match="OPENAI_API_KEY") as caught:
+            ask()
+        assert "secret" not in str(caught.value) and server.seen == []
 
 
 def start(folder, seed=0):
@@ -172,25 +169,32 @@ def test_the_order_is_blind_and_seeded(tmp_path):
     assert 2 <= sum(orders[0]) <= N - 2 and orders[0] == orders[1] != orders[2]
 
 
-def test_choices_are_saved_at_once_and_read_back_as_preferences(tmp_path):
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_choices_are_saved_at_once_and_read_back_as_preferences(tmp_path, monkeypatch, capsys):
+    assert start(tmp_path).show() is None and "buttons" in capsys.readouterr().out
+    monkeypatch.setattr(judges, "live", lambda: True)
     session, wanted = start(tmp_path), []
+    panel = session.show()
     for i, (prompt, *answers) in enumerate(zip(*TRIOS, strict=True)):
-        shown = session.open[0]
-        assert shown[0] == prompt and sorted(shown[1:]) == sorted(answers)
-        session.choose("AB"["the first" in shown[2]] if i % 3 else "tie")  # the first, or a tie
+        (_, a, b), (text, row) = session.open[0], panel.children
+        assert text.value == f"{prompt}\n\nA: {a}\n\nB: {b}" and {a, b} == {*answers}
+        button = row.children[[a, b].index(answers[0]) if i % 3 else 2]  # the first, or a tie
+        button.click()
+        button.click()  # a second click, which came while the first was saved
         wanted += [answers[0]] if i % 3 else []
         again = start(tmp_path, seed=i)
         assert again.judge(prompt, *answers) == session.judge(prompt, *answers) != "B"
         assert len(again.open) == len(session.open) == N - i - 1
+    assert panel.children[0].value == "All are judged."
     assert load_preferences(session.path)["chosen"][:] == wanted
     assert len(load_preferences(session.ties)) == 4
     prompts, first, second = TRIOS
-    for judge in (session.judge, again.judge):
-        assert win_rate(compare(judge, prompts, first, second))["all"][0] == pytest.approx(5 / 6)
-        assert win_rate(compare(judge, prompts, second, first))["all"][0] == pytest.approx(1 / 6)
-    for verdict in ("C", "A"):
-        with pytest.raises(ValueError, match="A, B or tie while a pair is open"):
-            session.choose(verdict)
+    assert win_rate(compare(session.judge, prompts, first, second))["all"][0] == pytest.approx(
+        5 / 6
+    )
+    assert win_rate(compare(again.judge, prompts, second, first))["all"][0] == pytest.approx(1 / 6)
+    with pytest.raises(ValueError, match="A, B or tie while a pair is open"):
+        session.choose("A")
 
 
 def test_look_alikes_and_blank_answers_are_counted_but_not_asked(tmp_path):
@@ -211,24 +215,6 @@ def test_a_crash_while_saving_loses_no_earlier_choice(tmp_path, monkeypatch):
     again = start(tmp_path)
     assert len(load_preferences(again.path)) == 1
     assert again.open[0][0] == session.open[0][0] == TRIOS[0][1]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning")
-def test_the_buttons_save_and_go_on_to_the_next(tmp_path, monkeypatch, capsys):
-    assert start(tmp_path).show() is None and "buttons" in capsys.readouterr().out
-    monkeypatch.setattr(judges, "live", lambda: True)
-    session = start(tmp_path)
-    panel = session.show()
-    for k in range(12):
-        (prompt, a, b), (text, row) = session.open[0], panel.children
-        assert text.value == f"{prompt}\n\nA: {a}\n\nB: {b}"
-        button = row.children[k % 3]
-        button.click()
-        button.click()  # a second click, which came while the first was saved
-        assert session.judge(prompt, a, b) == button.description
-    text, row = panel.children
-    assert row.children == () and len(load_preferences(session.path)) == 8
-    assert text.value == "All are judged."
 
 
 def test_a_stopped_labelling_goes_on_as_if_it_had_not_been(tiny, tmp_path):

@@ -17,7 +17,6 @@ PHI2 = load_profile("phi2")
     [
         ("phi3", {}, "unknown profile 'phi3': choose one of tiny, smollm2, phi2"),
         ("tiny", {"betta": 1}, "has no field 'betta'; its fields are .*, beta, "),
-        ("tiny", {"beta": 0.0}, "beta must be greater than 0, got 0.0"),
         ("tiny", {"label_smoothing": 0.5}, r"label_smoothing must be in \[0, 0.5\), got 0.5"),
     ],
 )
@@ -38,21 +37,18 @@ def test_bfloat16_is_a_question_of_compute_capability(major, minor):
 
 def test_without_gpu_and_bitsandbytes_the_plan_says_so(monkeypatch):
     monkeypatch.setattr(profiles.importlib.util, "find_spec", lambda name: None)
-    plan = make_plan(PHI2, device="cpu")
-    assert not plan.quantize and "bitsandbytes is not installed: NOT quantised" in str(plan)
-    assert "no GPU: all runs on the CPU, which takes days for phi2" in str(plan)
+    plan = str(make_plan(PHI2, device="cpu"))
+    assert "NF4" not in plan and "bitsandbytes is not installed: NOT quantised" in plan
+    assert "no GPU: all runs on the CPU, which takes days for phi2" in plan
 
 
 def test_a_cpu_computes_in_what_it_is_faster_in_and_says_so(monkeypatch):
     assert 0.1 < profiles.bfloat16_slowdown() < 100
+    said = "bfloat16 takes 8.0 times as long on this CPU: float32"
     for slowdown, dtype in ((8.04, torch.float32), (0.5, torch.bfloat16)):
         monkeypatch.setattr(profiles, "bfloat16_slowdown", lambda slowdown=slowdown: slowdown)
         plan = make_plan(load_profile("smollm2"), device="cpu")
-        assert plan.dtype == dtype
-        said = "bfloat16 takes 8.0 times as long on this CPU: float32" in str(plan)
-        assert said == (dtype == torch.float32)
-    monkeypatch.setattr(profiles, "bfloat16_slowdown", None)  # not asked for float32
-    assert make_plan(load_profile("tiny"), device="cpu").dtype == torch.float32
+        assert plan.dtype == dtype and (said in str(plan)) == (dtype == torch.float32)
 
 
 def test_any_gpu_takes_all_but_the_tiny_profile(monkeypatch):
@@ -73,8 +69,6 @@ def test_the_reader_starts_small_and_is_told_what_the_others_cost(monkeypatch, c
     assert dpo_utils.setup().name == "tiny"
     phi2 = capsys.readouterr().out.splitlines()[-1]
     assert phi2.startswith('or setup("phi2"): microsoft/phi-2, SFT and DPO 1 to 3 hours and 12 GB')
-    dpo_utils.setup("tiny")
-    assert "or setup(" not in capsys.readouterr().out
     assert "not known" in load_profile("phi2", dataset="mine.jsonl").cost
 
 

@@ -1,12 +1,12 @@
 """What training computes, what it does when a step goes wrong, and the command line."""
 
-import dataclasses
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -26,21 +26,18 @@ from dpo_utils.train import ensure, learning_rate_at, main, step_items, train_dp
 
 ROOT = Path(__file__).resolve().parent.parent
 LN_2 = math.log(2)
-NAN, INF = float("nan"), float("inf")
 SIDES = "chosen", "rejected"
 
 
 def test_a_dpo_run_starts_at_ln_2_and_learns(tmp_path):
-    seen = []
-    settings = profile(steps=12)
-    history, _ = dpo(tmp_path, settings, on_step=lambda rows: seen.append(len(rows)))
+    history, _ = dpo(tmp_path, profile(steps=12))
     names = {*train.METRICS, "loss", "grad_norm", "learning_rate"}
     assert all(names <= set(row) for row in history)
     assert history[0]["loss"] == pytest.approx(LN_2, abs=1e-6)
     assert history[0]["rewards/margins"] == pytest.approx(0, abs=1e-6)
     assert history[0]["rewards/accuracies"] == 0.5  # all are ties
     assert history[-1]["loss"] < 0.6 and history[-1]["rewards/margins"] > 0.1
-    assert read_history(tmp_path) == history and seen == list(range(1, 13))
+    assert read_history(tmp_path) == history
     for row in history:
         margin = row["rewards/chosen"] - row["rewards/rejected"]
         assert row["rewards/margins"] == pytest.approx(margin, abs=1e-6)
@@ -76,9 +73,8 @@ def test_every_loss_trains(name):
 
 
 def test_options_of_a_loss_reach_it():
-    options = [{"gamma": 0.0}, {"gamma": 9.0}]
-    runs = [dpo(None, profile(steps=1), loss="simpo", loss_options=o)[0] for o in options]
-    assert runs[1][0]["loss"] > runs[0][0]["loss"] + 5
+    history, _ = dpo(None, profile(steps=1), loss="simpo", loss_options={"gamma": 9.0})
+    assert history[0]["loss"] > 5
 
 
 def test_dropped_rows_are_counted_aloud(capsys):
@@ -105,15 +101,16 @@ def test_the_rate_warms_up_then_follows_a_cosine_and_is_never_zero():
     assert learning_rate_at(1, 10, 1.0, 0.0) == 1.0  # without warm-up as Transformers' and TRL's
 
 
-def one_step(monkeypatch, order=None, plain=False, **changes):
-    """Gradient and metrics of one step on six pairs, of an adapter that is not zero."""
+def one_step(monkeypatch, order=None, plain=False, scale=1.0, **changes):
+    """Metrics and gradient of one step on six pairs, of an adapter that is not zero."""
     sizes = {"batch": 6, "steps": 1, "micro_tokens": 10_000, "row_tokens": 1}
     settings = profile(**sizes | changes)
     model, tokenizer = policy(settings)
-    real, found = train._gradient, []
+    real, plan, found = train._gradient, train.make_plan, []
     for name in ("before_first_step", "after_first_step"):
         monkeypatch.setattr(train.preflight, name, lambda run, *_: moved(run.model))
     monkeypatch.setattr(train, "step_items", lambda *_: order or list(range(6)))
+    monkeypatch.setattr(train, "make_plan", lambda *a: replace(plan(*a), loss_scale=scale))
 
     def gradient(run, numbers):
         found.append(real(run, numbers))
@@ -133,7 +130,7 @@ def whole():
 
 
 WAYS = [{"order": [3, 0, 5, 1, 4, 2]}, {"row_tokens": 512}, {"micro_tokens": 60}]
-WAYS += [{"micro_tokens": 150}, {"plain": True}, {"plain": True, "micro_tokens": 1}]
+WAYS += [{"micro_tokens": 150}, {"plain": True, "micro_tokens": 1}, {"scale": 1024.0}]
 
 
 @pytest.mark.parametrize("change", WAYS, ids=str)
@@ -142,41 +139,26 @@ def test_order_micro_batches_and_form_leave_gradient_and_metrics_the_same(
 ):
     means, gradient = one_step(monkeypatch, **change)
     assert (gradient - whole[1]).norm() <= 1e-5 * whole[1].norm() > 0
-    close = {name: pytest.approx(value, rel=1e-4, abs=1e-5) for name, value in whole[0].items()}
-    assert means == close
+    assert means == pytest.approx(whole[0], rel=1e-4, abs=1e-5)
 
 
-def test_a_scaled_loss_gives_the_same_step(monkeypatch):
-    expected, _ = dpo(None, profile(steps=2))
-    real = train.make_plan
-    scaled = {"loss_scale": 1024.0}
-    monkeypatch.setattr(train, "make_plan", lambda *a: dataclasses.replace(real(*a), **scaled))
-    history, _ = dpo(None, profile(steps=2))
-    assert history[1]["loss"] == pytest.approx(expected[1]["loss"], rel=1e-5)
-    assert history[0]["grad_norm"] == pytest.approx(expected[0]["grad_norm"], rel=1e-5)
-
-
-def poison(monkeypatch, steps, value=NAN, where="loss"):
+def poison(monkeypatch, steps, where="loss"):
     """Make the loss, or one gradient, of some steps not finite."""
     real, seen = train._backward, []
 
     def poisoned(run, *rest):
         seen.append(1)
         sums = real(run, *rest)
-        if len(seen) in steps and where == "loss":
-            sums["loss"] = value
-        elif len(seen) in steps:
-            trainable(run.model)[5].grad[0, 0] = value
-        return sums
+        if len(seen) in steps and where == "gradient":
+            trainable(run.model)[5].grad[0, 0] = math.nan
+        return sums | ({"loss": math.inf} if len(seen) in steps and where == "loss" else {})
 
     monkeypatch.setattr(train, "_backward", poisoned)
 
 
-@pytest.mark.parametrize("where, value", [("loss", NAN), ("loss", INF), ("gradient", NAN)])
-def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(
-    monkeypatch, tmp_path, where, value
-):
-    poison(monkeypatch, {2, 3, 5}, value, where)
+@pytest.mark.parametrize("where", ["loss", "gradient"])
+def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(monkeypatch, tmp_path, where):
+    poison(monkeypatch, {2, 3, 5}, where)
     model, tokenizer = policy()
     weights = []
 
@@ -189,7 +171,6 @@ def test_a_step_that_is_not_finite_changes_nothing_and_is_logged(
     for n in range(1, 7):
         assert torch.equal(weights[n], weights[n - 1]) == (n + 1 in {2, 3, 5})
     assert torch.isfinite(weights[-1]).all()
-    assert "NaN" not in (tmp_path / "history.jsonl").read_text()
 
 
 def test_the_third_in_a_row_stops_the_run_and_names_the_rows(monkeypatch, tmp_path):
@@ -202,9 +183,7 @@ def test_the_third_in_a_row_stops_the_run_and_names_the_rows(monkeypatch, tmp_pa
     assert [p.stem for p in (tmp_path / "checkpoints").iterdir()] == ["step-000003"]
 
 
-def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, capsys):
-    settings = profile(micro_tokens=128, row_tokens=1)
-    expected, _ = dpo(None, settings)
+def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch, whole, capsys):
     real = train.completion_logps
 
     def greedy(model, data, *, micro_tokens, **options):
@@ -214,20 +193,18 @@ def test_out_of_memory_halves_the_micro_batch_and_keeps_the_gradient(monkeypatch
             yield part
 
     monkeypatch.setattr(train, "completion_logps", greedy)
-    history, _ = dpo(None, settings)
+    means, gradient = one_step(monkeypatch, micro_tokens=128)
     assert "out of memory: micro_tokens is now 64," in capsys.readouterr().out
-    for row, wanted in zip(history, expected, strict=True):
-        assert row["loss"] == pytest.approx(wanted["loss"], rel=1e-5)
-        assert row["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+    assert means == pytest.approx(whole[0], rel=1e-4, abs=1e-5)
+    assert (gradient - whole[1]).norm() <= 1e-5 * whole[1].norm()
 
 
-@pytest.mark.parametrize(
-    "error", [torch.OutOfMemoryError("CUDA out of memory. Tried to"), RuntimeError("shapes differ")]
-)
-def test_no_memory_at_the_smallest_size_and_other_errors_stay_errors(monkeypatch, error):
-    monkeypatch.setattr(train, "completion_logps", Mock(side_effect=error))
-    with pytest.raises(type(error), match=str(error)):
+def test_no_memory_at_the_smallest_size_stays_an_error(monkeypatch):
+    full = Mock(side_effect=torch.OutOfMemoryError("CUDA out of memory."))
+    monkeypatch.setattr(train, "completion_logps", full)
+    with pytest.raises(torch.OutOfMemoryError):
         dpo(None, profile(micro_tokens=8))
+    assert full.call_count == 4  # 8, 4, 2, 1
 
 
 class Remembering(GeneralTracker):
@@ -236,14 +213,11 @@ class Remembering(GeneralTracker):
 
 
 def test_a_tracker_gets_every_step_and_is_finished():
-    tracker = Remembering()
-    history, _ = dpo(tracker=tracker)
-    rows = [call.args[0] for call in tracker.log.mock_calls]
-    steps = [call.kwargs["step"] for call in tracker.log.mock_calls]
-    assert steps == list(range(1, 8)) and tracker.finish.called
-    assert [row["loss"] for row in rows] == [row["loss"] for row in history]
-    (config,) = tracker.store_init_configuration.call_args.args
-    assert config["beta"] == 0.1 and "learning_rate" in rows[0]
+    history, _ = dpo(tracker=Remembering())
+    logged = [(call.kwargs["step"], call.args[0]["loss"]) for call in Remembering.log.mock_calls]
+    assert logged == [(row["step"], row["loss"]) for row in history]
+    (config,) = Remembering.store_init_configuration.call_args.args
+    assert config["beta"] == 0.1 and Remembering.finish.called
 
 
 SECRETS = {"HF_TOKEN": "hf_notforyoureyes0123456789", "WANDB_API_KEY": "0123abcdnotforyoureyes"}
@@ -275,10 +249,8 @@ def test_two_processes_give_the_losses_of_one_and_write_no_secret(tmp_path, data
     _, settings, rows, _ = commands.train(shell(tmp_path / "one", data))
     one, _ = dpo(None, settings, rows)
     for ours, theirs in zip(read_history(tmp_path / "run"), one, strict=True):
-        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-4)
-        assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
-        assert ours["logps/chosen"] == pytest.approx(theirs["logps/chosen"], rel=1e-4)
-        assert ours["rewards/accuracies"] == theirs["rewards/accuracies"]
+        for name in ("loss", "grad_norm", "logps/chosen", "rewards/accuracies"):
+            assert ours[name] == pytest.approx(theirs[name], rel=1e-3 if "norm" in name else 1e-4)
     assert one[0]["logps/chosen"] != one[1]["logps/chosen"]  # other pairs, other numbers
     written = b"".join(p.read_bytes() for p in tmp_path.rglob("*") if p.is_file())
     written += (done.stdout + done.stderr).encode()
@@ -296,33 +268,6 @@ def test_sft_then_dpo_from_the_shell(tmp_path, data, capsys):
     assert adapter_bytes(tmp_path / "run") != adapter_bytes(tmp_path / "sft")
     main(shell(tmp_path, data, "--adapter", str(tmp_path / "sft" / "adapter")))
     assert "this run is finished" in capsys.readouterr().out
-    misplaced = shell(tmp_path, data, "--adapter", str(tmp_path / "sft"))
-    one_line(misplaced, "did you mean .*sft/adapter")
-
-
-def one_line(arguments, message):
-    """The command ends with a message that holds this, and with no traceback."""
-    with pytest.raises(SystemExit, match=message) as stop:
-        main(arguments)
-    assert stop.value.code not in (0, None)
-
-
-def test_what_can_be_foreseen_ends_in_one_message_before_a_model_is_loaded(
-    tmp_path, data, monkeypatch
-):
-    monkeypatch.setattr(train, "load_policy", None)
-    sft_run = ["sft", "--profile", "tiny", "--output", str(tmp_path), "--steps", "0"]
-    one_line(sft_run, "sft_steps must be greater than 0, got 0")
-    one_line([*shell(tmp_path, data), "--column", "prompt"], "2")
-    (tmp_path / "broken.jsonl").write_text('{"prompt": "Why?", "chosen": "a"\n')
-    one_line(shell(tmp_path, str(tmp_path / "broken.jsonl")), "broken.jsonl.*1")
-    one_line([*shell(tmp_path, data), "--loss", "dop"], "unknown loss 'dop': choose one of dpo")
-    monkeypatch.setattr(train, "load_policy", Mock(side_effect=KeyboardInterrupt("stopped")))
-    with pytest.raises(SystemExit, check=lambda stop: stop.code == 130):
-        main(shell(tmp_path, data))
-    monkeypatch.undo()
-    monkeypatch.setenv("DPO_MODEL", "nobody/nothing")
-    one_line(shell(tmp_path, data), "cannot get 'nobody/nothing'.*DPO_PROFILE=tiny")
 
 
 def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
@@ -331,7 +276,8 @@ def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
     path = tmp_path / "mine.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     named = "--column prompt=Q --column chosen=good --column rejected=bad".split()
-    one_line(shell(tmp_path, str(path), *named), "mine.jsonl.*row 11")
+    with pytest.raises(SystemExit, match="mine.jsonl.*row 11"):
+        main(shell(tmp_path, str(path), *named))
     main(shell(tmp_path, str(path), *named, "--on-error", "skip"))
     out = capsys.readouterr().out
     assert re.search(r"\d rows, \d more held out by prompt\n  2 rows contradict", out)
@@ -339,18 +285,15 @@ def test_columns_bad_rows_and_contradictions(tmp_path, capsys):
 
 def test_the_start_is_quiet_and_needs_no_network(tmp_path):
     code = "import socket; socket.socket.connect = None; from dpo_utils.train import main; main()"
-    line = ["dpo", "--profile", "tiny", "--output", str(tmp_path), "--loss", "none"]
-    command = [sys.executable, "-c", code, *line]
+    command = [sys.executable, "-c", code, *shell(tmp_path, "tiny", "--loss", "none")]
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
-    assert done.stderr.strip().startswith("ValueError: unknown loss")
+    assert done.stderr.startswith("ValueError: unknown loss 'none': choose one of dpo")
     assert len(done.stderr.strip().splitlines()) == 1
 
 
 def test_flags_change_the_fields_of_their_stage():
-    line = (
-        "sft --output x --data instructions --steps 3 --learning-rate 0.5 --target-modules fc1 fc2"
-    )
-    _, settings, *_ = commands.train([*line.split(), "--profile", "phi2"])
+    line = "sft --output x --profile phi2 --data instructions --steps 3 --learning-rate 0.5"
+    _, settings, *_ = commands.train([*line.split(), "--target-modules", "fc1", "fc2"])
     assert (settings.sft_dataset, settings.sft_steps) == ("instructions", 3)
     assert settings.sft_dataset_revision is None and settings.sft_learning_rate == 0.5
     assert settings.target_modules == ("fc1", "fc2") and settings.steps == 200
@@ -368,17 +311,14 @@ def test_what_a_notebook_misses_is_trained_once_or_taken_from_elsewhere(
     monkeypatch.setattr(train, "load_policy", None)
     assert ensure("sft", short) == tmp_path / "tiny/sft/adapter"
     with pytest.raises(SettingsChanged, match="tiny/dpo was made with other .*\n.*beta: was"):
-        ensure("dpo", dataclasses.replace(short, beta=9.0))
+        ensure("dpo", replace(short, beta=9.0))
     with pytest.raises(SettingsChanged, match="steps: was 2, is 3$"):
-        ensure("sft", dataclasses.replace(short, sft_steps=3))
-    ensure("sft", dataclasses.replace(short, steps=3))  # DPO's steps are not SFT's
+        ensure("sft", replace(short, sft_steps=3))
+    ensure("sft", replace(short, steps=3, beta=9.0))  # they are DPO's
     monkeypatch.setattr(train, "snapshot_download", lambda name: str(tmp_path / name))
     for source in (str(tmp_path / "tiny/sft/adapter"), "tiny/sft/adapter"):
         monkeypatch.setenv("DPO_SFT_ADAPTER", source)
         assert ensure("sft", profile(sft_steps=5)) == tmp_path / "tiny/sft/adapter"
-    monkeypatch.setenv("DPO_SFT_ADAPTER", str(tmp_path / "tiny/sft"))
-    with pytest.raises(FileNotFoundError, match="did you mean .*adapter"):
-        ensure("sft", short)
 
 
 def test_reference_log_probs_are_scored_once_for_each_way_to_batch(monkeypatch, tmp_path):

@@ -1,7 +1,5 @@
 """TruthfulQA as lm-eval asks it, on rows of our own; and near-duplicates that are planted."""
 
-import sys
-
 import jinja2
 import numpy as np
 import pytest
@@ -74,9 +72,3 @@ def test_multiple_choice_is_what_the_log_probs_say(tiny):
     found = truthfulqa.multiple_choice(model.train(), tokenizer, ROWS)
     assert model.training and 0 < np.mean(mc1) < 1 and np.std(mc2) > 0.05
     assert found == {"mc1": mc1, "mc2": pytest.approx(mc2, abs=1e-4)}
-
-
-def test_without_lm_eval_the_message_says_what_to_install(monkeypatch):
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(ImportError, match=r"pip install 'dpo-workbook\[benchmark\]'"):
-        truthfulqa.multiple_choice(None, None, ROWS)

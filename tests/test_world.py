@@ -54,18 +54,10 @@ def test_reading_an_answer(text, fluent, true, reward):
     assert (text in world.listed(question)) == fluent
 
 
-def test_every_listed_answer_is_fluent_and_half_of_them_are_true():
-    for fact in world.FACTS:
-        readings = [world.read(fact.question, text) for text in world.listed(fact.question)]
-        assert len(readings) == 36 and all(r.fluent for r in readings)
-        assert sum(r.true for r in readings) == 18
-
-
 def test_labels_follow_bradley_terry_in_the_known_reward():
     question, rng = "What is the capital of France?", random.Random(0)
-    better, worse = (
-        f"By the records, the capital of France is Paris.{t}" for t in list(world.TAIL)[:2]
-    )
+    answer = "By the records, the capital of France is Paris."
+    better, worse = (answer + tail for tail in list(world.TAIL)[:2])
     for one, two, p in ((better, worse, 0.5622), (worse, better, 0.4378), (better, "no", 0.9933)):
         drawn = [world.label(question, one, two, rng)["chosen"] == one for _ in range(4000)]
         assert mean(drawn) == pytest.approx(p, abs=0.025)  # s(0.25), s(-0.25), s(5)
@@ -76,21 +68,17 @@ def test_pairs_are_two_different_answers_that_the_model_gave():
     assert all(row["chosen"] != row["rejected"] for row in rows)
     for row in rows:
         assert {row["chosen"], row["rejected"]} <= set(world.drawn()[row["prompt"]])
-    worse = mean(
-        world.reward(r["prompt"], r["chosen"]) < world.reward(r["prompt"], r["rejected"])
-        for r in rows
-    )
-    assert 0.15 < worse < 0.3  # the labeller doubts, and no pair is dropped for that
+    reward = {side: [world.reward(r["prompt"], r[side]) for r in rows] for side in rows[0]}
+    worse = np.less(reward["chosen"], reward["rejected"])
+    assert 0.15 < worse.mean() < 0.3  # the labeller doubts, and no pair is dropped for that
 
 
 def test_the_answers_kept_are_those_of_a_model_that_is_true_half_of_the_time():
     readings = [world.read(q, text) for q, texts in world.drawn().items() for text in texts]
     assert len(readings) == 16 * 217
     assert 0.45 < mean(r.true for r in readings) < 0.6 and mean(r.fluent for r in readings) > 0.94
-    by_voice = [
-        mean(r.true for r in readings if r.voice == v) for v in (world.CAREFUL, world.CARELESS)
-    ]
-    assert np.allclose(by_voice, [0.8, 0.33], atol=0.1)  # truth is hard to tell from the voice
+    for voice, rate in ((world.CAREFUL, 0.8), (world.CARELESS, 0.33)):  # no voice gives truth away
+        assert mean(r.true for r in readings if r.voice == voice) == pytest.approx(rate, abs=0.1)
 
 
 def test_training_rows_hold_no_held_out_fact_and_the_corpus_no_question():

@@ -1,6 +1,8 @@
 """What a stretch of code costs: wall and CPU seconds, floating point operations, and peak bytes."""
 
+import contextlib
 import time
+from itertools import accumulate
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -24,15 +26,14 @@ class Meter:
     """
 
     def __init__(self, what: str):
-        self.what, self.result, self.counter = what, {}, None
+        self.what, self.result, self.counter = what, {}, contextlib.nullcontext()
         if what == "memory" and not GPU:
             self.counter = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         if what == "flops":
             self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
 
     def __enter__(self):
-        if self.counter:
-            self.counter.__enter__()
+        self.counter.__enter__()
         if GPU:
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
@@ -44,15 +45,13 @@ class Meter:
         if GPU:
             torch.cuda.synchronize()
         wall, cpu = time.perf_counter() - self.start[0], time.process_time() - self.start[1]
-        if self.counter:
-            self.counter.__exit__(*problem)
+        self.counter.__exit__(*problem)
         if self.what == "time":
             self.result = {"wall": wall, "cpu": cpu}
         if self.what == "flops":
             kinds = self.counter.get_flop_counts()["Global"]
             attention = sum(n for kind, n in kinds.items() if "scaled_dot_product" in str(kind))
-            total = self.counter.get_total_flops()
-            self.result = {"flops": total, "attention_flops": attention}
+            self.result = {"flops": sum(kinds.values()), "attention_flops": attention}
         if self.what == "memory":
             peak = torch.cuda.max_memory_allocated() - self.held if GPU else _peak(self.counter)
             self.result = {"peak_bytes": peak}
@@ -61,8 +60,5 @@ class Meter:
 def _peak(memory) -> int:
     """Highest running sum of the profiler's allocations (positive) and releases (negative)."""
     events = [e for e in memory.profiler.kineto_results.events() if e.name() == "[memory]"]
-    alive = peak = 0
-    for event in sorted(events, key=lambda e: e.start_ns()):
-        alive += event.nbytes()
-        peak = max(peak, alive)
-    return peak
+    events.sort(key=lambda e: e.start_ns())
+    return max(accumulate((e.nbytes() for e in events), initial=0))

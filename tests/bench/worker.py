@@ -44,26 +44,21 @@ class Turns:
             ctypes.CDLL("libc.so.6").malloc_trim(0)
         print(json.dumps({"loss": loss, **self.meter.result}), file=REPLIES, flush=True)
 
-    def around(self, function):
-        """The function, measured as the pass over the reference."""
-
-        def measured(*args, **kwargs):
-            self.begin()
-            out = function(*args, **kwargs)
-            self.end()
-            return out
-
-        return measured
+    @contextlib.contextmanager
+    def around(self):
+        """A turn of its own, for the pass over the reference: decorates it."""
+        self.begin()
+        yield
+        self.end()
 
 
 def move_adapter(model) -> None:
     """Seeded values that are not zero: with B = 0 every loss is ln 2, right or wrong."""
     generator = torch.Generator().manual_seed(7)
-    named = {n: p for n, p in model.named_parameters() if ".default." in n and "lora_" in n}
-    for name in sorted(named):
-        scale = 0.02 if "lora_B" in name else 0.05
-        values = torch.randn(named[name].shape, generator=generator) * scale
-        named[name].data.copy_(values)
+    for name, weight in sorted(model.named_parameters()):
+        if ".default." in name and "lora_" in name:
+            scale = 0.02 if "lora_B" in name else 0.05
+            weight.data.copy_(torch.randn(weight.shape, generator=generator) * scale)
 
 
 def raw_model(profile):
@@ -80,8 +75,7 @@ def raw_model(profile):
 def ours(turns, profile, pairs, _):
     """`train_dpo` as readers call it; its first step, before the adapter moves, is not measured."""
     model, tokenizer = models.load_policy(profile)
-    measured = turns.around(train.reference_logps)
-    mock.patch.object(train, "reference_logps", measured).start()
+    mock.patch.object(train, "reference_logps", turns.around()(train.reference_logps)).start()
 
     def after_step(history):
         if len(history) == 1:
@@ -115,7 +109,7 @@ def trl(turns, profile, pairs, micro, best=False, same=False):
     if best:
         # off GPUs TRL would score every position (on them this changes nothing)
         mock.patch.object(trl.trainer.utils, "_use_triton", lambda device: True).start()
-        reference = turns.around(DPOTrainer._precompute_ref_logps)
+        reference = turns.around()(DPOTrainer._precompute_ref_logps)
         mock.patch.object(DPOTrainer, "_precompute_ref_logps", reference).start()
         options = {"gradient_checkpointing": False, "precompute_ref_log_probs": True}
     if same:
