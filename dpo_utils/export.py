@@ -7,7 +7,8 @@ from pathlib import Path
 
 from peft import PeftModel
 
-from dpo_utils.models import load_base, load_tokenizer, require_adapter
+from dpo_utils.adapters import require_adapter
+from dpo_utils.models import load_base, load_tokenizer
 from dpo_utils.profiles import Profile
 
 
@@ -21,7 +22,8 @@ def save_adapter(model, folder: Path) -> None:
     model.save_pretrained(aside, selected_adapters=["default"], save_embedding_layers=False)
     path = aside / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT's set has no fixed order
+    if isinstance(config["target_modules"], list):  # a set in PEFT: without an order
+        config["target_modules"].sort()
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     folder.mkdir(exist_ok=True)
     for path in aside.iterdir():
@@ -37,8 +39,8 @@ def merge_and_save(profile: Profile, adapter, output) -> None:
     """
     require_adapter(adapter)
     base = load_base(profile)
-    if getattr(base, "is_loaded_in_4bit", False):
+    if four_bits := getattr(base, "is_loaded_in_4bit", False):
         base = base.dequantize()
     merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
-    merged.save_pretrained(output)
+    merged.save_pretrained(output, save_original_format=not four_bits)  # which would be NF4
     load_tokenizer(profile).save_pretrained(output)
