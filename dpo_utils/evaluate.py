@@ -12,7 +12,7 @@ from dpo_utils import world
 from dpo_utils.data import plain_text
 from dpo_utils.logps import all_logps, options_for
 from dpo_utils.models import as_reference, unwrap
-from dpo_utils.tokens import as_item, collate_rows, encode_prompt, tokenize_all
+from dpo_utils.tokens import as_item, collate_rows, encode_completion, encode_prompt, tokenize_all
 
 
 def bootstrap(values, statistic=np.mean, resamples: int = 2000, seed: int = 0, groups=None):
@@ -87,9 +87,10 @@ def sample_ids(
 ):
     """Seeded answers as (prompt ids, answer ids), n in a row per prompt; temperature 0 is greedy.
 
-    An answer ends with its stop token (the tokenizer's EOS or one of generation_config), or without
-    one where it was cut. batch: answers at a time. Up to rounding, answer i depends on the model,
-    its prompt, seed, i and max_new_tokens alone. Raises ValueError for logits of NaN.
+    An answer ends with its stop token (the tokenizer's EOS, the template's end of a turn or one of
+    generation_config), or without one where it was cut. batch: answers at a time. Up to rounding,
+    answer i depends on the model, its prompt, seed, i and max_new_tokens alone. Raises ValueError
+    for logits of NaN.
     """
     prompts = [ids for prompt in prompts for ids in [encode_prompt(prompt, tokenizer)] * n]
     uniforms = np.random.default_rng(seed).random((len(prompts), max_new_tokens))
@@ -110,6 +111,7 @@ def _draw(model, tokenizer, prompts, uniforms, temperature) -> list[list[int]]:
     Answers that are the same so far, at first all those to one prompt, share a row of the batch.
     """
     stop = {tokenizer.eos_token_id, *np.ravel(model.generation_config.eos_token_id)}
+    stop.add(encode_completion("A", tokenizer)[-1])
     ids = [torch.tensor([ids, [1] * len(ids)]).T for ids in prompts]  # id and mask: (tokens, 2)
     ids = pad_sequence(ids, padding_side="left").permute(2, 1, 0).to(model.device)  # (2, N, L)
     (tokens, mask), rows = ids.unique(dim=1, return_inverse=True)  # (rows, L) each; (N,)

@@ -26,7 +26,8 @@ def save_adapter(model, folder: Path) -> None:
     model.save_pretrained(aside, selected_adapters=["default"], save_embedding_layers=False)
     path = aside / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf-8"))
-    config["target_modules"] = sorted(config["target_modules"])  # PEFT's set has no fixed order
+    if isinstance(config["target_modules"], list):  # a set in PEFT: without an order
+        config["target_modules"].sort()
     if Path(base := config["base_model_name_or_path"]).exists():
         config["base_model_name_or_path"] = str(Path(base).resolve())  # found from anywhere
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -63,12 +64,13 @@ def merge_and_save(profile: Profile, adapter, output) -> None:
     from dpo_utils.models import load_base, load_tokenizer
 
     base = load_base(profile)
-    base = base.dequantize() if getattr(base, "is_loaded_in_4bit", False) else base
+    if four_bits := getattr(base, "is_loaded_in_4bit", False):
+        base = base.dequantize()
     try:
         merged = PeftModel.from_pretrained(base, adapter).merge_and_unload()
     except (RuntimeError, ValueError):  # many lines, one a weight
         raise ValueError(f"{adapter} is no adapter of {profile.model}: name its own base") from None
-    merged.save_pretrained(output)
+    merged.save_pretrained(output, save_original_format=not four_bits)  # which would be NF4
     load_tokenizer(profile).save_pretrained(output)
     if (path := Path(adapter) / "README.md").exists():
         card = ModelCard.load(path)

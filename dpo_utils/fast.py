@@ -23,7 +23,8 @@ from transformers.activations import NewGELUActivation
 from transformers.integrations.sdpa_attention import repeat_kv, sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
-from dpo_utils.models import LINEAR, SDPA_MODELS, in_float32, tolerance, unwrap
+from dpo_utils.adapters import LINEAR
+from dpo_utils.models import SDPA_MODELS, in_float32, tolerance, unwrap
 from dpo_utils.tokens import micro_batches
 
 HEAD_LOGITS = 2**23  # logits alive at once: 32 MiB in float32
@@ -36,10 +37,7 @@ _CUT = WeakIdKeyDictionary()  # mask -> its blocks: all layers share one mask
 
 
 class SharedForm:
-    """Log-probs of a model, whose layers are made lean in place, over rows that share tokens.
-
-    plain_logps: the definition, `logps.plain_logps`, which shared rows must reproduce in a trial.
-    """
+    """Log-probs of a model, made lean in place, over rows that share tokens; plain ones' equal."""
 
     def __init__(self, model, plain_logps):
         self.model, self.plain_logps = unwrap(model), plain_logps
@@ -52,7 +50,8 @@ class SharedForm:
         """Yield (item numbers, log-probs (n, completions an item)), a micro-batch at a time."""
         for rows in plan_rows(items, row_tokens, micro_tokens):
             numbers = [i for row in rows for i in row]
-            logps = shared_logps(self.model, pack_rows([[items[i] for i in row] for row in rows]))
+            split = [part for row in rows for part in split_row([items[i] for i in row])]
+            logps = shared_logps(self.model, pack_rows(split))
             yield numbers, logps.view(len(numbers), -1)
 
     def objection(self) -> str | None:
@@ -105,11 +104,17 @@ def item_length(item) -> int:
     return len(prompt) + sum(map(len, completions)) - twice
 
 
-def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]]:
-    """Micro-batches of rows of item numbers, rows and micro-batches within their token budgets.
+def split_row(items) -> list[list]:
+    """A row of items; a row a completion of one that shares too little to pay for its mask."""
+    (prompt, completions), *more = items
+    padded = len(completions) * (len(prompt) + max(map(len, completions)))
+    if more or 16 * padded >= 17 * item_length(items[0]):  # measured: the mask is quadratic
+        return [items]
+    return [[(prompt, [answer])] for answer in completions]
 
-    An item longer than a budget still gets a row, or a micro-batch, of its own.
-    """
+
+def plan_rows(items, row_tokens: int, micro_tokens: int) -> list[list[list[int]]]:
+    """Micro-batches of rows of item numbers, within their token budgets or of one item alone."""
     shared = len(commonprefix([prompt for prompt, _ in items]))
     room = max(1, row_tokens - shared)
     sizes = [item_length(item) - shared for item in items]  # what an item adds to a row
@@ -173,13 +178,13 @@ def pack_rows(rows) -> SharedRows:
 
 
 def shared_logps(model, rows: SharedRows):
-    """Summed log-probs of every completion of shared rows, (C,)."""
+    """Summed log-probs of every completion of shared rows, (C,), in float64."""
     (*tensors, counts), model = rows, unwrap(model)
     ids, positions, mask, predictors, labels, index = (t.to(model.device) for t in tensors)
     base, head = model.base_model, model.get_output_embeddings()
     out = base(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=False)
     hidden = out.last_hidden_state.flatten(0, 1)[predictors]  # (S, H)
-    token_logps = HeadLogps.apply(hidden, head.weight, head.bias, labels)
+    token_logps = HeadLogps.apply(hidden, head.weight, head.bias, labels).double()
     return torch.stack([part.sum() for part in token_logps[index].split(counts)])
 
 
@@ -187,8 +192,7 @@ class HeadLogps(torch.autograd.Function):
     """log p(label) for S hidden states under a frozen linear head, a chunk of logits at a time.
 
     hidden (S, H), weight (V, H), bias (V,) or None, labels (S,) -> (S,), in float32 or wider. Kept
-    for the backward pass are the derivatives d logp / d hidden = (onehot(label) - softmax) @
-    weight, (S, H), never the (S, V) logits.
+    for backward is d logp / d hidden = (onehot(label) - softmax) @ weight, (S, H), not the logits.
     """
 
     @staticmethod
@@ -212,8 +216,7 @@ class HeadLogps(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        (slope,) = ctx.saved_tensors
-        return slope * grad[:, None].to(slope.dtype), None, None, None
+        return ctx.saved_tensors[0] * grad[:, None].to(ctx.saved_tensors[0].dtype), None, None, None
 
 
 def sdpa_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=None, **options):
@@ -223,8 +226,8 @@ def sdpa_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=
     a token may look. Returns ((B, L, heads, D), None).
     """
     if (blocks := _blocks(attention_mask, query, key)) is None:
-        options |= {"dropout": dropout, "scaling": scaling}
-        return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
+        rest = attention_mask, dropout, scaling
+        return sdpa_attention_forward(module, query, key, value, *rest, **options)
     order, mask, runs = blocks
     groups = query.shape[1] // key.shape[1]
     key, value = (repeat_kv(t.index_select(2, order), groups) for t in (key, value))
@@ -236,9 +239,8 @@ def sdpa_blocks(module, query, key, value, attention_mask, dropout=0.0, scaling=
 def _blocks(mask, query, key):
     """(order of the keys, mask in that order, (queries, keys) slices); None: attention runs whole.
 
-    What the last token does not see comes first, backwards: in a row prompt, chosen, rejected the
-    keys are chosen backwards, prompt, rejected. Both answers are then next to the prompt, and
-    neither reaches over the other.
+    What the last token does not see comes first, backwards: of a row prompt, chosen, rejected come
+    chosen backwards, prompt, rejected. Neither answer then reaches over the other.
     """
     length = query.shape[2]
     whole = length <= BLOCK or key.shape[2] != length or torch.compiler.is_compiling()
@@ -252,7 +254,7 @@ def _blocks(mask, query, key):
         for start in range(0, length, BLOCK):
             queries = slice(start, start + BLOCK)
             keys = seen[queries].any(0)[order].nonzero().flatten().tolist() or [0, length - 1]
-            runs.append((queries, slice(keys[0], keys[-1] + 1)))
+            runs += [(queries, slice(keys[0], keys[-1] + 1))]
         whole = all(keys == slice(0, length) for _, keys in runs)
         order = order.to(mask.device)
         _CUT[mask] = None if whole else (order, mask.index_select(-1, order), runs)
@@ -265,10 +267,7 @@ for _name, _attend in zip(BLOCKS.values(), (sdpa_blocks, in_float32(sdpa_blocks)
 
 
 class LeanLora:
-    """Mixed into PEFT's LoRA layers: W x + s B A x in one pass over the outputs, not in three.
-
-    What is not that sum (adapter off, merged, several at once, DoRA ...) goes PEFT's own way.
-    """
+    """Mixed into PEFT's LoRA layers: W x + s B A x in one pass. Other sums go PEFT's way."""
 
     def forward(self, x, *args, **kwargs):
         """x: (..., in) -> (..., out) in the base's dtype; the sum in the wider of the two."""

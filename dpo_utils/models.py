@@ -3,23 +3,25 @@ with.
 """
 
 import contextlib
+import functools
 import warnings
 from pathlib import Path
 
 import torch
-from peft import LoraConfig, PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
+import transformers
+from peft import PeftModel, get_peft_model
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
+from torch.nn.modules.dropout import _DropoutNd
+from transformers import AutoConfig, AutoTokenizer, BitsAndBytesConfig
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
-from transformers.pytorch_utils import Conv1D
 
+from dpo_utils.adapters import base_of, check_adapter, lora_config
 from dpo_utils.profiles import Profile, make_plan, require_adapter
+from dpo_utils.tokens import encode_completion, encode_prompt
 
 REFERENCE = "reference"  # the frozen adapter that holds the reference, where the base is not it
-LINEAR = (nn.Linear, Conv1D)
 # Model types of which a test shows that another name of the attention changes only the arithmetic.
 SDPA_MODELS = "gpt2 gpt_neox llama mistral olmo2 phi phi3 qwen2 qwen3 smollm3".split()
 
@@ -53,6 +55,8 @@ def _from_hub(load, profile: Profile, **options):
     """Call a `from_pretrained`; if the model cannot be had, say in one line what to do."""
     try:
         return load(profile.model, revision=profile.revision, trust_remote_code=False, **options)
+    except (ImportError, ValueError) as problem:  # of a kind or a quantisation that is not known
+        raise ValueError(f"cannot load {profile.model}: {str(problem).splitlines()[0]}") from None
     except OSError as problem:
         if Path(profile.model).exists():
             raise
@@ -65,7 +69,8 @@ def _from_hub(load, profile: Profile, **options):
 
 def load_tokenizer(profile: Profile):
     """The profile's tokenizer. Without a pad token it pads with EOS: masks never come from ids."""
-    tokenizer = _from_hub(AutoTokenizer.from_pretrained, profile)
+    own = (Path(profile.model) / "tokenizer_config.json").exists()
+    tokenizer = _from_hub(AutoTokenizer.from_pretrained, profile if own else base_of(profile)[0])
     if tokenizer.eos_token_id is None:
         remedy = "set tokenizer.eos_token, with which answers end"
         raise ValueError(f"the tokenizer of {profile.model} has no EOS token: {remedy}")
@@ -75,12 +80,19 @@ def load_tokenizer(profile: Profile):
 
 
 def load_base(profile: Profile, quantize: bool | None = None):
-    """The frozen base model without dropout, as `make_plan` says; `quantize` overrides it."""
-    plan = make_plan(profile)
+    """The frozen base model without dropout, as `make_plan` says; `quantize` overrides it.
+
+    Weights that were saved quantised stay so. Of an adapter, this is the base.
+    """
+    profile, plan = base_of(profile)[0], make_plan(profile)
+    config = _from_hub(AutoConfig.from_pretrained, profile)
     quantize = plan.quantize if quantize is None else quantize
+    quantize = quantize and not hasattr(config, "quantization_config")
     options = {"quantization_config": quantisation_config(plan.dtype)} if quantize else {}
     options |= {"dtype": plan.dtype, "device_map": {"": plan.device}, "use_safetensors": True}
-    model = _from_hub(AutoModelForCausalLM.from_pretrained, profile, **options)
+    sees = type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING  # and reads and writes
+    kind = f"AutoModelFor{'ImageTextToText' if sees else 'CausalLM'}"
+    model = _from_hub(getattr(transformers, kind).from_pretrained, profile, **options)
     config = model.config.get_text_config()
     if config.model_type in SDPA_MODELS and config._attn_implementation == "sdpa":
         model.set_attn_implementation(plan.attention)
@@ -97,34 +109,51 @@ def disarm_cpu_repacking(model) -> None:
     for module in model.modules():
         if hasattr(module, "support_avx512bf16_for_cpu"):
             module.support_avx512bf16_for_cpu = False
+            module.compute_dtype = model.dtype  # not what a saved checkpoint was made with
 
 
 def turn_dropout_off(model) -> None:
-    """Set every dropout rate to zero, in modules and in the numbers that attention layers keep."""
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-        if isinstance(getattr(module, "attention_dropout", None), float):
-            module.attention_dropout = 0.0
+    """Set every dropout rate to zero, in modules and in the numbers that layers and config keep.
+
+    Routers that jitter never leave eval mode: in one of them the number also shapes the routing.
+    """
+    config = getattr(model, "config", None)
+    for part in (*model.modules(), *([config, config.get_text_config()] if config else ())):
+        rates = [name for name, x in vars(part).items() if "drop" in name and isinstance(x, float)]
+        for name in [*rates, *(["p"] if isinstance(part, _DropoutNd) else [])]:
+            setattr(part, name, 0.0)
+        if isinstance(part, nn.Module) and any("jitter" in name for name in vars(part)):
+            part.__class__ = _calm(type(part))
+
+
+@functools.cache
+def _calm(kind: type) -> type:
+    return type(kind.__name__, (kind,), {"training": property(lambda _: False, lambda *_: None)})
 
 
 def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool | None = None):
     """(model, tokenizer): the base with a trainable adapter, and the reference inside it.
 
-    adapter: folder of a saved adapter to go on from; None starts a fresh one, with the base's
-    output. reference: folder of the adapter that is the reference, by default `adapter`, as DPO
-    starts from it; without either it is the base itself. Raises ValueError for an adapter that
-    `check_adapter` refuses, FileNotFoundError for a folder without one.
+    adapter: folder of a saved adapter to go on from, by default the profile's model where that is
+    one; None starts a fresh one, with the base's output. reference: folder of the adapter that is
+    the reference, by default `adapter`, as DPO starts from it; without either it is the base
+    itself. Raises ValueError for an adapter that `check_adapter` refuses and where tokenizer or
+    max_length go beyond the model, FileNotFoundError for a folder without an adapter.
     """
+    adapter = adapter or base_of(profile)[1]
     reference = reference or adapter
     require_adapter(adapter)
     require_adapter(reference)
-    base = load_base(profile, quantize)
+    base, tokenizer = load_base(profile, quantize), load_tokenizer(profile)
+    check_sizes(base, tokenizer, profile)
     if adapter:
-        model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        try:
+            model = PeftModel.from_pretrained(base, adapter, is_trainable=True)
+        except RuntimeError as problem:  # shapes
+            raise ValueError(f"{adapter} is not an adapter of {base.name_or_path}") from problem
     else:
         torch.manual_seed(profile.seed)
-        model = get_peft_model(base, lora_config(profile))
+        model = get_peft_model(base, lora_config(profile, base))
     check_adapter(model, profile)
     if reference:
         model.load_adapter(reference, adapter_name=REFERENCE, is_trainable=False)
@@ -134,49 +163,20 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
     if profile.gradient_checkpointing:
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    return model, load_tokenizer(profile)
+    return model, tokenizer
 
 
-def lora_config(profile: Profile) -> LoraConfig:
-    """Adapters on the profile's target modules; no bias, no dropout, nothing else trained."""
-    shape = {"r": profile.lora_r, "lora_alpha": profile.lora_alpha, "revision": profile.revision}
-    nothing_else = {"task_type": "CAUSAL_LM", "lora_dropout": 0.0, "bias": "none"}
-    return LoraConfig(target_modules=list(profile.target_modules), **shape, **nothing_else)
-
-
-def _layers(base) -> nn.ModuleList:
-    return max((m for m in base.modules() if isinstance(m, nn.ModuleList)), key=len)
-
-
-def check_adapter(model, profile: Profile) -> None:
-    """Refuse with ValueError what would silently break the run.
-
-    That is an adapter that switching off does not take back, a target that some layers lack, and a
-    weight that is trained next to the adapter.
-    """
-    for name, config in model.peft_config.items():
-        if config.bias != "none" or config.modules_to_save:
-            more = f"bias={config.bias!r} and modules_to_save={config.modules_to_save}"
-            what = f"adapter {name!r} trains {more}: switched off, it would not give the reference"
-            raise ValueError(f"{what}. Use bias='none' and no modules_to_save.")
-    modules = [(name.rsplit(".", 1)[-1], module) for name, module in model.named_modules()]
-    adapted = [name for name, module in modules if "default" in getattr(module, "lora_A", ())]
-    layers = _layers(model.get_base_model())
-    wanted = dict.fromkeys(profile.target_modules, len(layers))
-    found = {name: adapted.count(name) for name in [*wanted, *adapted]}
-    if found != wanted:
-        kinds, block = (*LINEAR, BaseTunerLayer), layers[0].named_modules()
-        linear = (name.split(".lora_")[0] for name, module in block if isinstance(module, kinds))
-        linear = (name.removesuffix(".base_layer").rsplit(".", 1)[-1] for name in linear)
-        names = " ".join(dict.fromkeys(linear))
-        raise ValueError(
-            f"LoRA should be on {wanted} but is on {found}. The linear layers of {profile.model} "
-            f"are {names}: choose with setup(target_modules=(...)) or --target-modules."
-        )
-    for name, weight in model.named_parameters():
-        if weight.requires_grad and (".default." not in name or weight.dtype != torch.float32):
-            only = "only the adapter's float32 weights should be"
-            raise ValueError(f"{name} is trainable as {weight.dtype}: {only}")
+def check_sizes(base, tokenizer, profile: Profile) -> None:
+    """Refuse with ValueError tokens without an embedding, and max_length above the positions."""
+    rows, places = base.get_input_embeddings().num_embeddings, base.config.get_text_config()
+    places = getattr(places, "max_position_embeddings", None) or profile.max_length
+    ids = [*encode_prompt("?", tokenizer), *encode_completion("!", tokenizer)]
+    if max(*ids, tokenizer.pad_token_id) >= rows:
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, {profile.model} only {rows}"
+        raise ValueError(f"{sizes}: save it after model.resize_token_embeddings(len(tokenizer))")
+    if profile.max_length > places:
+        sizes = f"max_length is {profile.max_length}, but {profile.model} has {places} positions"
+        raise ValueError(f"{sizes}: set max_length to {places} or less")
 
 
 @contextlib.contextmanager

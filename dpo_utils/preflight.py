@@ -2,8 +2,9 @@
 
 import torch
 
+from dpo_utils.adapters import check_adapter
 from dpo_utils.logps import all_logps
-from dpo_utils.models import as_reference, check_adapter, tolerance
+from dpo_utils.models import as_reference, tolerance
 
 PATIENCE = 3  # steps in a row that are not finite before a run stops
 

@@ -200,13 +200,17 @@ def run_directory(profile: Profile) -> Path:
 
 
 def require_adapter(folder) -> None:
-    """A folder must hold an adapter; a string that is no folder may be a hub id."""
+    """A folder must hold an adapter, in safetensors; a string that is no folder may be a hub id."""
     is_folder = isinstance(folder, Path) or folder and Path(folder).is_dir()
     if is_folder and not (Path(folder) / "adapter_config.json").exists():
         remedy = "make it first (notebook 02 makes sft, notebook 04 dpo)"
         if (Path(folder) / "adapter" / "adapter_config.json").exists():
             remedy = f"did you mean {Path(folder) / 'adapter'}?"
         raise FileNotFoundError(f"no adapter in {folder}: {remedy}")
+    if is_folder and not (Path(folder) / "adapter_model.safetensors").exists():
+        remedy = "PeftModel.from_pretrained(base, FOLDER).save_pretrained(FOLDER)"
+        what = "only adapter_model.safetensors is read, since a pickle (.bin) can run code"
+        raise ValueError(f"{folder}: {what}. If you trust it, convert it once: {remedy}")
 
 
 def describe(profile: Profile, stage: str = "dpo") -> str:

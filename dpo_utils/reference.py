@@ -41,13 +41,14 @@ def reference_key(model, tokenizer, items, profile) -> dict:
     }
 
 
-def reference_logps(model, tokenizer, items, profile, output=None, fresh: bool = False):
+def reference_logps(model, tokenizer, items, profile, output=None, fresh=False, plain=None):
     """Log-probs of all items under the reference, (items, completions), on the CPU.
 
     Cached in `output`, or in this process without one, under a key of all that they depend on;
-    raises SettingsChanged if the file has another key. Several processes share the work.
+    raises SettingsChanged if the file has another key. Several processes share the work. plain: as
+    in `completion_logps`.
     """
-    options = options_for(profile, tokenizer)
+    options = options_for(profile, tokenizer) | {"plain": plain}
     key = reference_key(model, tokenizer, items, profile)
     path, known_by = output and Path(output) / "reference.safetensors", str((key, options))
     if path and not fresh and (cached := read_tensors(path)):
@@ -57,10 +58,10 @@ def reference_logps(model, tokenizer, items, profile, output=None, fresh: bool =
         return _SCORED[known_by].clone()
     accelerator = Accelerator(cpu=model.device.type == "cpu")
     mine = range(accelerator.process_index, len(items), accelerator.num_processes)
-    logps = torch.zeros(len(items), len(items[0][1]))
+    logps = torch.zeros(len(items), len(items[0][1]), dtype=torch.float64)
     if mine:
         with as_reference(model):
-            logps[mine] = all_logps(model, [items[i] for i in mine], **options).float()
+            logps[mine] = all_logps(model, [items[i] for i in mine], **options)
     logps = accelerator.reduce(logps.to(accelerator.device), reduction="sum").cpu()
     if path is None:
         _SCORED[known_by] = logps.clone()

@@ -3,9 +3,20 @@
 An *item* is one prompt with its completions, `(prompt_ids, [completion_ids, ...])`.
 """
 
+import datetime
+import functools
+import warnings
+from os.path import commonprefix
+from typing import NamedTuple
+
 import torch
+from jinja2 import TemplateError
 
 PLAIN_TURN = {"system": "{}\n", "user": "Instruct: {}\n", "assistant": "Output: {}\n"}  # Phi-2's
+MARK = "\ue000"  # stands for an answer, to see what the template writes around it
+# Templates that write today's date always write this one, so that a run can be taken up tomorrow.
+DATE = "".join(f"|replace('%{c}', '{datetime.date(2026, 1, 1):%{c}}')" for c in "aAbBdHImMpSyY")
+DATE = "{% macro strftime_now(form) %}{{ form|replace('%-', '%')" + DATE + " }}{% endmacro %}"
 
 
 class UnusablePair(ValueError):
@@ -16,47 +27,118 @@ class UnusablePair(ValueError):
         self.reason = reason
 
 
-def _messages(prompt) -> list[dict]:
-    return [{"role": "user", "content": prompt}] if isinstance(prompt, str) else list(prompt)
+def _render(messages, tokenizer, **options) -> str:
+    template = tokenizer.get_chat_template()
+    options["chat_template"] = DATE * ("strftime_now" in template) + template
+    try:
+        return tokenizer.apply_chat_template(messages, tokenize=False, **options)
+    except (TemplateError, TypeError) as problem:
+        raise UnusablePair(f"the chat template refuses it: {problem}") from problem
+
+
+def _ids(text: str, tokenizer, special: bool = False) -> list[int]:
+    return tokenizer(text, add_special_tokens=special)["input_ids"]
+
+
+class _Frame(NamedTuple):
+    """What the chat template writes around an answer; without one, Phi-2's form and an EOS."""
+
+    messages: list[dict]  # the turns of the prompt
+    prompt: str  # what a request for an answer and the answered turn begin with alike
+    ids: list[int]  # of that text
+    before: str  # the answered turn up to there: a few templates then move the system turn
+    opening: str  # what else comes before an answer, such as an empty think block
+    after: str  # all that follows it
+    end: str  # how much of that ends the turn
+    stop: str  # the token at its end, "" if it is none: then EOS follows
+
+
+def _frame(prompt, tokenizer) -> _Frame:
+    if isinstance(prompt, str):
+        return _text_frame(prompt, tokenizer, str(tokenizer.chat_template), len(tokenizer))
+    if isinstance(prompt, _Frame):
+        return prompt
+    messages = list(prompt)
+    if not tokenizer.chat_template:
+        if unknown := {m["role"] for m in messages} - set(PLAIN_TURN):
+            raise UnusablePair(f"no chat template, and no plain form of a {min(unknown)} turn")
+        text = "".join(PLAIN_TURN[m["role"]].format(m["content"]) for m in messages) + "Output:"
+        return _Frame(messages, text, _ids(text, tokenizer), text, " ", "", "", "")
+    asked = _render(messages, tokenizer, add_generation_prompt=True)
+    answered = _render([*messages, {"role": "assistant", "content": MARK}], tokenizer)
+    head, found, after = answered.rpartition(MARK)
+    if not found:
+        raise UnusablePair("the chat template leaves the answer out")
+    last = "".join(str(m["content"]) for m in messages[-1:]).strip()
+    start = MARK if last in commonprefix([asked, head]) else last  # MARK: from the beginning
+    opened, opening = (text.rpartition(start)[2] for text in (asked, head))
+    both = len(commonprefix([opened, opening]))
+    tokens = [t for t in tokenizer.get_added_vocab() if t.strip() and t in after]
+    stop = min(tokens, key=after.index, default="")
+    end = after[: after.index(stop) + len(stop)] if stop else after.rstrip()
+    prompt, before = asked.removesuffix(opened[both:]), head.removesuffix(opening[both:])
+    ids = _ids(prompt, tokenizer)
+    return _Frame(messages, prompt, ids, before, opening[both:], after, end, stop)
+
+
+@functools.lru_cache(maxsize=256)
+def _text_frame(text: str, tokenizer, *_changes) -> _Frame:
+    return _frame([{"role": "user", "content": text}], tokenizer)
 
 
 def prompt_text(prompt, tokenizer) -> str:
-    """What the model reads before it answers: the chat template, else `Instruct: ...\\nOutput:`."""
-    messages = _messages(prompt)
-    if tokenizer.chat_template:
-        return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
-    return "".join(PLAIN_TURN[m["role"]].format(m["content"]) for m in messages) + "Output:"
+    """What the model reads before it answers: the chat template, else `Instruct: ...\\nOutput:`.
+
+    A `<think>` that the template opens for an answer, but not around a given one, is not in it.
+    """
+    return _frame(prompt, tokenizer).prompt
 
 
 def encode_prompt(prompt, tokenizer) -> list[int]:
     """Ids of the prompt; the template writes its special tokens, else the tokenizer does (BOS)."""
-    _refuse_markers([m["content"] for m in _messages(prompt)], tokenizer, "prompt")
-    text = prompt_text(prompt, tokenizer)
-    ids = tokenizer(text, add_special_tokens=not tokenizer.chat_template)["input_ids"]
-    if ids and ids[-1] == tokenizer.eos_token_id and not text.endswith(tokenizer.eos_token):
+    frame = _frame(prompt, tokenizer)
+    _refuse_markers(frame.messages, tokenizer, frame, "prompt")
+    ids = frame.ids if tokenizer.chat_template else _ids(frame.prompt, tokenizer, special=True)
+    if ids and ids[-1] == tokenizer.eos_token_id and not frame.prompt.endswith(tokenizer.eos_token):
         ids = ids[:-1]  # some tokenizers end every text with EOS; here the completion does that
     if not ids:
         raise UnusablePair("prompt has no tokens")
     return ids
 
 
-def encode_completion(completion, tokenizer) -> list[int]:
-    """Ids of the completion and one EOS, encoded apart from the prompt: no token spans both."""
-    if not isinstance(completion, str):
-        if [m["role"] for m in completion] != ["assistant"]:
-            raise UnusablePair("completion is not one assistant message")
-        completion = completion[0]["content"]
-    _refuse_markers([completion], tokenizer, "completion")
-    text = completion if tokenizer.chat_template else " " + completion.lstrip()
-    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    if not ids:
+def encode_completion(completion, tokenizer, prompt="") -> list[int]:
+    """Ids of the completion as the template writes it after the prompt, up to its end of turn.
+
+    No token spans the boundary. A turn that ends with no special token gets an EOS.
+    """
+    if isinstance(completion, str):
+        completion = [{"role": "assistant", "content": completion}]
+    if [m["role"] for m in completion] != ["assistant"]:
+        raise UnusablePair("completion is not one assistant message")
+    frame, content = _frame(prompt, tokenizer), completion[0]["content"] or ""
+    _refuse_markers(completion, tokenizer, frame, "completion")
+    if not content.strip() and not completion[0].get("tool_calls"):
         raise UnusablePair("completion has no tokens")
-    return [*ids, tokenizer.eos_token_id]
+    thought, own, _ = content.rpartition("</think>")
+    opening = frame.opening if not own else "" if "<think>" in content else "<think>\n"
+    text = opening + content.lstrip()  # unless the template has it all
+    if tokenizer.chat_template:
+        whole = _render([*frame.messages, *completion], tokenizer)
+        body = whole.removeprefix(frame.before).removesuffix(frame.after)
+        framed = frame.before + body + frame.after == whole
+        if framed and own in body and thought.rpartition("<think>")[2].strip() in body:
+            text = body
+    for context in (frame.prompt, "\n", ""):  # some tokenizers begin every text with a space
+        head = frame.ids if context == frame.prompt else _ids(context, tokenizer)
+        ids = _ids(context + text + frame.end, tokenizer)
+        if ids[: len(head)] == head:
+            break
+    return ids[len(head) :] + [tokenizer.eos_token_id] * (not frame.stop)
 
 
-def _refuse_markers(texts, tokenizer, where: str) -> None:
-    for token in {tokenizer.eos_token, tokenizer.bos_token} - {None}:
-        if any(token in text for text in texts):
+def _refuse_markers(messages, tokenizer, frame, where: str) -> None:
+    for token in {tokenizer.eos_token, tokenizer.bos_token, frame.stop} - {None, ""}:
+        if any(token in str(m["content"]) for m in messages):
             raise UnusablePair(f"{token} inside the {where}")
 
 
@@ -67,15 +149,16 @@ def _cut(prompt_ids, completion_ids, max_length: int) -> list[int]:
 
 
 def tokenize_pair(pair, tokenizer, max_length: int) -> dict:
-    """`prompt_ids`, `chosen_ids` and `rejected_ids`; completions end in EOS unless they are cut.
+    """`prompt_ids`, `chosen_ids`, `rejected_ids`; completions end as turns do unless they are cut.
 
     pair: prompt, chosen, rejected, as text or message lists (TRL's formats). max_length: tokens of
     prompt + completion; the end of a longer completion is cut off. Raises UnusablePair where
     nothing could be learnt: no room after the prompt, an end-of-text marker inside a text, or two
     completions that are the same, as tokens or after the cut.
     """
-    prompt_ids = encode_prompt(pair["prompt"], tokenizer)
-    chosen, rejected = (encode_completion(pair[side], tokenizer) for side in ("chosen", "rejected"))
+    frame = _frame(pair["prompt"], tokenizer)
+    prompt_ids, sides = encode_prompt(frame, tokenizer), (pair["chosen"], pair["rejected"])
+    chosen, rejected = (encode_completion(side, tokenizer, frame) for side in sides)
     if chosen == rejected:
         raise UnusablePair("chosen and rejected are the same tokens")
     chosen, rejected = (_cut(prompt_ids, ids, max_length) for ids in (chosen, rejected))
@@ -88,23 +171,25 @@ def tokenize_demonstration(row, tokenizer, max_length: int) -> dict:
     """`prompt_ids` and `completion_ids` of a row with prompt and completion. Raises
     UnusablePair.
     """
-    prompt_ids = encode_prompt(row["prompt"], tokenizer)
-    completion_ids = encode_completion(row["completion"], tokenizer)
-    return {
-        "prompt_ids": prompt_ids,
-        "completion_ids": _cut(prompt_ids, completion_ids, max_length),
-    }
+    frame = _frame(row["prompt"], tokenizer)
+    prompt_ids = encode_prompt(frame, tokenizer)
+    completion_ids = _cut(
+        prompt_ids, encode_completion(row["completion"], tokenizer, frame), max_length
+    )
+    return {"prompt_ids": prompt_ids, "completion_ids": completion_ids}
 
 
 def tokenize_all(rows, tokenizer, max_length: int, tokenize=tokenize_pair):
     """(usable rows tokenised, each with its 1-based `row`; the others as (row, reason)).
 
-    Raises ValueError if no row is usable.
+    Warns of special tokens inside a text. Raises ValueError if no row is usable.
     """
-    kept, dropped = [], []
+    kept, dropped, odd = [], [], []
+    special = [t.content for t in tokenizer.added_tokens_decoder.values() if t.special]
     for number, row in enumerate(rows, start=1):
         try:
             kept.append({**tokenize(row, tokenizer, max_length), "row": number})
+            odd += [(number, token) for token in special if token in str(row)]
         except UnusablePair as problem:
             dropped.append((number, problem.reason))
     if not kept:
@@ -112,6 +197,9 @@ def tokenize_all(rows, tokenizer, max_length: int, tokenize=tokenize_pair):
         raise ValueError(
             f"no row of {len(dropped)} is usable at max_length={max_length}: {reasons}"
         )
+    if odd:
+        what = f"special tokens inside the text of {len(dict(odd))} rows are read as such"
+        warnings.warn(f"{what}, first {odd[0][1]} in row {odd[0][0]}", stacklevel=2)
     return kept, dropped
 
 

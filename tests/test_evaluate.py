@@ -87,6 +87,7 @@ def test_samples_are_seeded_and_end_in_one_eos_or_are_cut(bundled):
 def from_ids(monkeypatch):
     """A function (model, prompts as ids, ...) -> answers as ids; ids end with 2."""
     monkeypatch.setattr(E, "encode_prompt", lambda prompt, tokenizer: prompt)
+    monkeypatch.setattr(E, "encode_completion", lambda text, tokenizer: [2])
     return lambda model, *how, **options: [
         answer
         for _, answer in E.sample_ids(model, SimpleNamespace(eos_token_id=2), *how, **options)
@@ -106,7 +107,9 @@ def test_answers_depend_on_seed_and_number_alone_and_no_token_is_read_twice(kind
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "phi", "llama", "qwen3", "mamba"])  # without a cache
-def test_greedy_answers_are_those_of_generate_and_end_at_every_stop_token(kind, from_ids):
+def test_greedy_answers_are_those_of_generate_and_end_at_every_stop_token(
+    kind, from_ids, monkeypatch
+):
     model, found = small_model(kind, attention={"mamba": "eager"}.get(kind, "sdpa")), []
     prompts = [prompt for prompt, _ in random_items(5)]
     how = {"do_sample": False, "max_new_tokens": 9, "pad_token_id": 2}
@@ -119,8 +122,10 @@ def test_greedy_answers_are_those_of_generate_and_end_at_every_stop_token(kind, 
                 assert whole[0].tolist() == prompt + answer
     assert found[0] != found[1]
     answer = found[0][0]
-    for stop in (answer[3], [2, answer[3]]):
+    for stop in (answer[3], [2, answer[3]], None):  # None: the chat template's end of a turn
         unwrap(model).generation_config.eos_token_id = stop
+        if stop is None:
+            monkeypatch.setattr(E, "encode_completion", lambda *_: [answer[0], answer[3]])
         cut = from_ids(model, prompts[:1], temperature=0, max_new_tokens=9)
         assert cut == [answer[: answer.index(answer[3]) + 1]]
 

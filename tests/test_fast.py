@@ -36,6 +36,7 @@ CASES = {
     "prompts that begin alike": random_items(6, seed=2, head=9),
     "answers that begin alike": [(p, [[9, 8, *c], [9, 8, *r]]) for p, (c, r) in random_items(5)],
     "uneven": random_items(2, seed=6, completion=(1, 2)) + random_items(2, completion=(60, 70)),
+    "answers that dominate": random_items(2, seed=3, prompt=(1, 2), completion=(60, 61)),
     "few words": [(p, [c, r]) for p, c, r in product(WORDS, repeat=3) if c != r],
 }
 
@@ -144,6 +145,14 @@ def test_a_shared_row_by_hand():
     assert rows.label_index.tolist() == [0, 1, 0, 2, 3, 4] and rows.counts == [2, 2, 1, 1]
     seen = [rows.mask[0, 0, i].nonzero().flatten().tolist() for i in (5, 7, 9)]
     assert seen == [[0, 1, 2, 3, 5], [0, 1, 6, 7], [0, 1, 6, 7, 9]]
+
+
+def test_a_lone_item_whose_answers_dominate_runs_as_a_row_for_each():
+    """Not where one is much longer, which padding would make two of, and not where a prompt is."""
+    for sizes, n in (((1, 40, 40), 2), ((1, 40, 30), 1), ((9, 40, 40), 1)):
+        prompt, *answers = ([i] * size for i, size in enumerate(sizes))
+        assert len(fast.split_row([(prompt, answers)])) == n
+        assert len(fast.split_row([(prompt, answers)] * 2)) == 1
 
 
 BUDGET = st.integers(1, 200)

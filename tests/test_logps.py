@@ -37,6 +37,16 @@ def test_half_precision_logits_are_scored_in_float32():
     assert value == pytest.approx(exact, rel=1e-5) and abs(halves - exact) > 0.1
 
 
+def test_a_sum_over_thousands_of_tokens_loses_nothing_in_either_form():
+    """In float32 the two forms would differ by several thousandths of a nat."""
+    item = random_items(1, completion=(4000, 4000))
+    model = small_model("llama", torch.float32, max_position_embeddings=5000)
+    options = {"pad_id": 2, "micro_tokens": 1, "row_tokens": 1}
+    plain, shared = (all_logps(model, item, plain=form, **options) for form in (True, False))
+    assert plain.dtype == shared.dtype == torch.float64 and plain.max() < -10_000
+    assert (plain - shared).abs().max() < 1e-3
+
+
 def test_the_plain_form_scores_the_collated_pairs_one_token_after_the_other():
     """Against a loop over the tokens of each unpadded sequence."""
     model = small_model("phi")

@@ -3,6 +3,7 @@
 import dataclasses
 import gc
 import json
+import math
 import shutil
 import subprocess
 import sys
@@ -12,17 +13,19 @@ from unittest.mock import Mock, patch
 import bitsandbytes
 import pytest
 import torch
-from peft import PeftModel, get_peft_model
+from peft import IA3Config, PeftModel, get_peft_model, get_peft_model_state_dict
 from small import logps_and_gradients, moved, random_items, random_model
 from small_runs import pairs, policy, profile
-from transformers import AttentionInterface
+from transformers import AttentionInterface, AutoModelForCausalLM, AutoModelForImageTextToText
 
 from dpo_utils import models
+from dpo_utils.adapters import check_adapter, lora_config
 from dpo_utils.export import merge_and_save, save_adapter
-from dpo_utils.logps import all_logps
+from dpo_utils.logps import all_logps, plain_logps
 from dpo_utils.models import as_reference, load_base, load_policy, load_tokenizer, trainable
 from dpo_utils.profiles import make_plan
 from dpo_utils.tokens import as_item, tokenize_all
+from dpo_utils.train import train_dpo
 
 ITEMS = random_items(4, seed=1)
 OPTIONS = {"pad_id": 0, "micro_tokens": 400, "row_tokens": 100}
@@ -90,7 +93,7 @@ def test_dropout_is_off_in_the_base_and_in_a_loaded_adapter(tmp_path):
     config |= dict.fromkeys(("resid_pdrop", "embd_pdrop", "attention_dropout"), 0.1)
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     settings = profile(model=str(folder))
-    lora = dataclasses.replace(models.lora_config(settings), lora_dropout=0.3)
+    lora = dataclasses.replace(lora_config(settings), lora_dropout=0.3)
     save_adapter(moved(get_peft_model(load_base(settings), lora)), tmp_path / "adapter")
     model = policy(settings, adapter=tmp_path / "adapter")[0].train()
     for plain in (True, None):
@@ -121,13 +124,163 @@ def test_a_policy_is_gone_with_its_last_name():
 )
 def test_an_adapter_that_switching_off_does_not_take_back_is_refused(tmp_path, change, message):
     settings = profile(quantize=False)
-    config = dataclasses.replace(models.lora_config(settings), **change)
+    config = dataclasses.replace(lora_config(settings), **change)
     model = get_peft_model(load_base(settings), config)
     with pytest.raises(ValueError, match=message):
-        models.check_adapter(model, settings)
+        check_adapter(model, settings)
     model.save_pretrained(tmp_path, save_embedding_layers=False)
     with pytest.raises(ValueError, match="bias to 'none'|no modules_to_save"):
         load_policy(settings, adapter=tmp_path)
+
+
+def saved(kind, folder, load=AutoModelForCausalLM, **sizes):
+    """A small random model of a kind, saved with the tiny tokenizer, as changes of a profile."""
+    tokenizer = load_tokenizer(profile())
+    sizes = {"vocab_size": len(tokenizer), "max_position_embeddings": 512, **sizes}
+    with patch("small.AutoModelForCausalLM", load):
+        random_model(kind, **sizes).save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    return {"model": str(folder), "quantize": False}
+
+
+JAMBA = {"attn_layer_period": 2, "attn_layer_offset": 1, "mamba_d_state": 8, "num_experts": 2}
+SMALL = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2}
+SMALL |= {"num_attention_heads": 2, "vocab_size": 1536}
+SEES = {"load": AutoModelForImageTextToText, "text_config": {"model_type": "llama", **SMALL}}
+SEES["vision_config"] = {"model_type": "clip_vision_model", "image_size": 28, **SMALL}
+FITS = [  # kind, sizes, targets, the adapted layers
+    ("gpt2", {}, ["c_attn", "c_proj"], 6),
+    ("gpt2", {}, ["attn.c_proj"], 2),
+    ("llama", {}, ["all-linear"], 14),
+    ("llama", {}, [r".*layers\.1\..*\.(q|v)_proj"], 2),
+    ("jamba", JAMBA, ["q_proj", "v_proj"], 2),
+    ("mixtral", {"num_local_experts": 2}, ["q_proj"], 2),
+    ("llava", SEES, ["q_proj", "v_proj"], 4),
+    ("llava", SEES, ["all-linear"], 14),
+]
+
+
+@pytest.mark.parametrize("kind, sizes, targets, n", FITS)
+def test_targets_sit_on_their_layers_of_the_language_model_and_load_in_plain_peft(
+    kind, sizes, targets, n, tmp_path
+):
+    settings = profile(**saved(kind, tmp_path / "base", **sizes), target_modules=targets)
+    model = moved(load_policy(settings)[0])
+    save_adapter(model, tmp_path / "adapter")
+    again = PeftModel.from_pretrained(load_base(settings), tmp_path / "adapter")
+    wanted, found = (get_peft_model_state_dict(m) for m in (model, again))
+    assert len(wanted) == 2 * n and not [name for name in wanted if "vision" in name]
+    assert all(torch.equal(wanted[name], found[name]) for name in wanted)
+
+
+@pytest.mark.parametrize(
+    "kind, sizes",
+    [
+        ("opt", {"ffn_dim": 64, "word_embed_proj_dim": 32, "layerdrop": 0.5}),
+        ("falcon", {"hidden_dropout": 0.3}),
+        ("bloom", {"hidden_dropout": 0.3}),
+        ("mixtral", {"num_local_experts": 4, "router_jitter_noise": 0.3}),
+        ("phimoe", {"num_local_experts": 4, "sliding_window": None, "router_jitter_noise": 0.3}),
+    ],
+)
+def test_noise_of_train_mode_is_off_whatever_its_name_and_eval_mode_is_as_it_was(kind, sizes):
+    with patch("small.turn_dropout_off"):
+        model = random_model(kind, attention="eager" if kind == "bloom" else "sdpa", **sizes).eval()
+    wanted = plain_logps(model, ITEMS, 0)
+    assert not torch.equal(plain_logps(model.train(), ITEMS, 0), wanted)
+    models.turn_dropout_off(model.eval())
+    for mode in (True, False):
+        assert torch.equal(plain_logps(model.train(mode), ITEMS, 0), wanted)
+
+
+@pytest.mark.parametrize("tokenizer", [False, True])
+def test_an_adapter_as_the_model_is_its_base_and_the_adapter_and_the_reference(tmp_path, tokenizer):
+    start = logps_of(policy(adapter=saved_sft(tmp_path / "sft"))[0])
+    if tokenizer:
+        load_tokenizer(profile()).save_pretrained(tmp_path / "sft")
+    settings = profile(model=str(tmp_path / "sft"))
+    model, own = policy(settings)
+    assert torch.equal(logps_of(model), start) and len(own) == 1536
+    with as_reference(moved(model)):
+        assert torch.equal(logps_of(model), start)
+    assert torch.equal(logps_of(load_base(settings)), logps_of(load_base(profile())))
+
+
+@pytest.mark.parametrize("change", [{"layers_to_transform": [1]}, {"exclude_modules": ["fc2"]}])
+def test_an_adapter_of_some_layers_only_that_says_so_is_gone_on_with(tmp_path, change):
+    config = dataclasses.replace(lora_config(profile()), **change)
+    if "exclude_modules" in change:
+        config.exclude_modules = r".*layers\.0\..*"
+    save_adapter(moved(get_peft_model(load_base(profile()), config)), tmp_path)
+    assert 12 <= len(trainable(policy(adapter=tmp_path)[0])) < 48
+
+
+def pickled(folder):
+    """A fresh adapter as old PEFT saved it."""
+    policy()[0].save_pretrained(folder, safe_serialization=False, save_embedding_layers=False)
+
+
+def of_another_kind(folder):
+    config = IA3Config(target_modules=["fc1"], feedforward_modules=["fc1"], task_type="CAUSAL_LM")
+    get_peft_model(load_base(profile()), config).save_pretrained(folder)
+
+
+def of_another_model(folder):
+    settings = profile(**saved("phi", folder / "base", num_key_value_heads=4))
+    save_adapter(load_policy(settings)[0], folder)
+
+
+@pytest.mark.parametrize(
+    "make, message",
+    [
+        (pickled, "only adapter_model.safetensors is read.* convert it once: .*save_pretrained"),
+        (of_another_kind, "LoRA should be on .* but is on"),
+        (of_another_model, "is not an adapter of .*tiny"),
+    ],
+)
+def test_an_adapter_that_cannot_be_gone_on_with_is_refused_in_one_line(tmp_path, make, message):
+    make(tmp_path)
+    with pytest.raises(ValueError, match=message) as problem:
+        policy(adapter=tmp_path)
+    assert "\n" not in str(problem.value)
+
+
+def test_a_base_saved_in_4_bits_trains_and_merges(tmp_path):
+    for part in (load_base(profile()), load_tokenizer(profile())):
+        part.save_pretrained(tmp_path / "bnb")
+    settings = profile(model=str(tmp_path / "bnb"), quantize=False, steps=1)
+    model, tokenizer = policy(settings)
+    assert torch.equal(logps_of(model), logps_of(load_base(profile())))
+    loss = train_dpo(model, tokenizer, pairs(), settings, tmp_path / "dpo")[0]["loss"]
+    assert loss == pytest.approx(math.log(2), abs=1e-6)
+    merge_and_save(settings, tmp_path / "dpo" / "adapter", tmp_path / "merged")
+    merged = load_base(profile(model=str(tmp_path / "merged"), quantize=False))
+    assert (logps_of(merged) - logps_of(model)).abs().max() < 1e-2
+
+
+def test_what_goes_beyond_the_model_is_refused_with_both_numbers(tmp_path):
+    base = saved("gpt2", tmp_path, max_position_embeddings=100) | {"target_modules": ["c_attn"]}
+    with pytest.raises(ValueError, match="max_length is 128, but .* has 100 positions: set"):
+        load_policy(profile(**base))
+    tokenizer = load_tokenizer(profile())
+    tokenizer.add_tokens(["<|unused|>"])
+    tokenizer.save_pretrained(tmp_path)
+    load_policy(profile(**base, max_length=100))  # as with Gemma 3, whose last token is an image
+    tokenizer.add_tokens(["<|end|>"], special_tokens=True)
+    tokenizer.chat_template = tokenizer.chat_template.replace("<|endoftext|>", "<|end|>")
+    for pad in ("<|end|>", "<|unused|>"):
+        tokenizer.pad_token = pad
+        tokenizer.save_pretrained(tmp_path)
+        with pytest.raises(ValueError, match="the tokenizer has 1538 tokens, .* only 1536"):
+            load_policy(profile(**base, max_length=100))
+        tokenizer.chat_template = None
+
+
+@pytest.mark.parametrize("kind", ["t5", "unheard_of"])
+def test_a_model_that_is_no_language_model_is_refused_in_one_line(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ValueError, match=f"cannot load {tmp_path}: [^\n]*$"):
+        load_base(profile(model=str(tmp_path)))
 
 
 @pytest.mark.parametrize(
@@ -144,7 +297,7 @@ def test_an_adapter_on_other_layers_than_the_profile_says_is_refused(tmp_path):
     with pytest.raises(ValueError, match="should be on .*'fc1': 4.* but is on .*'fc1': 0"):
         policy(adapter=tmp_path)
     with pytest.raises(ValueError, match="but is on .*'fc1': 4"):
-        models.check_adapter(policy()[0], profile(target_modules=("q_proj", "v_proj")))
+        check_adapter(policy()[0], profile(target_modules=("q_proj", "v_proj")))
 
 
 def test_phi_gets_adapters_in_float32_on_exactly_its_six_layers():
@@ -164,7 +317,7 @@ def test_four_bit_gradients_are_those_of_the_dequantised_model(evaluated_before)
     if evaluated_before:
         logps_of(model.eval())
     base = load_base(profile()).dequantize().requires_grad_(False)
-    plain = moved(PeftModel(base, models.lora_config(profile())))
+    plain = moved(PeftModel(base, lora_config(profile())))
     assert not any(isinstance(m, bitsandbytes.nn.Linear4bit) for m in plain.modules())
     for ours, theirs in zip(trainable(plain), trainable(model), strict=True):
         ours.data.copy_(theirs)
