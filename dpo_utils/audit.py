@@ -8,6 +8,7 @@ if __name__ == "__main__":  # before torch is imported
     sys.exit(__main__.main(["audit", *sys.argv[1:]]))
 
 import json
+import re
 from collections import Counter
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -16,8 +17,9 @@ import numpy as np
 import pandas
 from transformers import AutoTokenizer
 
-from dpo_utils.rows import BadRow, PreferenceDataError, Row
-from dpo_utils.schemas import fold, plain_text, prompt_key, read_pairs
+from dpo_utils.cells import fold, plain_text, prompt_key
+from dpo_utils.rows import BadRow, PreferenceDataError, Rows
+from dpo_utils.schemas import read_pairs
 from dpo_utils.tokens import UnusablePair, tokenize_pair
 
 SIDES = ["prompt", "chosen", "rejected"]
@@ -28,7 +30,7 @@ TOKEN_REASONS = {  # what tokens.UnusablePair says -> the name under which it is
 }
 NEEDS = dict.fromkeys([*TOKEN_REASONS.values(), "completion cut"], ("tokenizer", "max_length"))
 NEEDS |= {"identical tokens": ("tokenizer",), "prompt also held out": ("held_out",)}
-MARKERS = ("<|endoftext|>", "<|im_end|>", "<|eot_id|>", "</s>", "<eos>")  # end of text
+MARKER = re.compile(r"<\|endoftext\|>|<\|im_end\|>|<\|eot_id\|>|</s>|<eos>")  # ends of a text
 UNCUT = 10**9  # tokens: no completion is cut
 
 
@@ -69,58 +71,61 @@ def audit(dataset, tokenizer=None, max_length=None, held_out=None, columns=None)
     held_out: another data set whose prompts must not be in this one. columns: our names -> its own.
     Raises PreferenceDataError where there are no rows to read or no known columns.
     """
-    source, rows = read_pairs(dataset, columns=columns)
+    rows = read_pairs(dataset, columns=columns)
     own = columns if isinstance(held_out, str | Path) else None  # rows in memory have our names
-    others = [] if held_out is None else read_pairs(held_out, columns=own)[1]
-    asked = {prompt_key(pair["prompt"]) for row in others for pair in row.pairs}
+    others = [] if held_out is None else read_pairs(held_out, columns=own).pairs["prompt"]
+    asked = set(map(prompt_key, others))
     given = {"tokenizer": tokenizer, "max_length": max_length, "held_out": held_out}
     unchecked = [name for name, needs in NEEDS.items() if any(given[n] is None for n in needs)]
     limit = max_length or UNCUT
     tokens = [] if tokenizer is None else token_lengths(rows, tokenizer, limit)
-    pairs = [(row, pair) for row in rows for pair in row.pairs]
-    numbers = pandas.Series([row.number for row, _ in pairs], dtype=int)
-    keys = [prompt_key(pair["prompt"]) for _, pair in pairs]
-    texts = [[plain_text(pair[side]) for side in SIDES] for _, pair in pairs]
-    folded = [tuple(map(fold, text)) for text in texts]
+    numbers = np.array(rows.numbers, dtype=int)
+    keys = [prompt_key(prompt) for prompt in rows.pairs["prompt"]]
+    texts = {side: [plain_text(value) for value in rows.pairs[side]] for side in SIDES}
+    folded = list(zip(*([hash(fold(t)) for t in texts[side]] for side in SIDES), strict=True))
     times = Counter(folded)
-    own_names = [(columns or {}).get(name, name) for name in ("responses", "scores")]
-    ranked = [[row.values.get(name) for name in own_names] for row, _ in pairs]
     holds = {  # finding -> whether it holds, pair by pair
         "duplicate pair": [times[pair] > 1 for pair in folded],
-        "conflicting pair": [(prompt, no, yes) in times for prompt, yes, no in folded],
+        "conflicting pair": [yes != no and (q, no, yes) in times for q, yes, no in folded],
+        "same after folding": [yes == no for _, yes, no in folded],
         "prompt also held out": [key in asked for key in keys],
-        "end-of-text marker": [any(m in t for m in MARKERS for t in text) for text in texts],
-        "some scores tied": [isinstance(a, list) and len(set(s)) < len(a) for a, s in ranked],
+        "end-of-text marker": [
+            any(map(MARKER.search, t)) for t in zip(*texts.values(), strict=True)
+        ],
         "completion cut": [prompt + max(answers) > limit for prompt, *answers in tokens],
     }
-    noted = {n: numbers[held].unique().tolist() for n, held in holds.items() if n not in unchecked}
+    checked = {name: np.array(held, bool) for name, held in holds.items() if name not in unchecked}
+    noted = {name: np.unique(numbers[held]).tolist() for name, held in checked.items()}
+    noted |= {name: sorted({*found} & {*rows.numbers}) for name, found in rows.notes.items()}
     dropped = {}
-    for row in rows:
-        if not row.pairs:
-            dropped.setdefault(row.bad.reason, []).append(row.number)
-    sizes = {"characters": [list(map(len, text)) for text in texts], "tokens": tokens}
-    tables = {unit: pandas.DataFrame(size, columns=SIDES) for unit, size in sizes.items() if size}
+    for number, bad in rows.bad.items():
+        dropped.setdefault(bad.reason, []).append(number)
+    sizes = pandas.DataFrame({side: list(map(len, texts[side])) for side in SIDES})
+    tables = {"characters": sizes, "tokens": pandas.DataFrame(tokens, columns=SIDES)}
+    tables = {unit: table for unit, table in tables.items() if len(table)}
     lengths = {u: t.describe([0.5, 0.95]).drop("std").round(2).to_dict() for u, t in tables.items()}
     length_only = {u: (1 + np.sign(t.chosen - t.rejected).mean()) / 2 for u, t in tables.items()}
-    counts = len(rows), numbers.nunique(), len(pairs), len(set(keys))
-    return AuditReport(source, *counts, dropped, noted, lengths, length_only, unchecked)
+    counts = len(rows.values), len(set(rows.numbers)), len(numbers), len(set(keys))
+    return AuditReport(rows.name, *counts, dropped, noted, lengths, length_only, unchecked)
 
 
-def token_lengths(rows: list[Row], tokenizer, max_length: int) -> list[list[int]]:
-    """Tokens of each pair before any cut; takes pairs that cannot be trained on from their row."""
-    lengths = []
-    for row in rows:
-        pairs, row.pairs = row.pairs, []
-        for pair in pairs:
-            try:
-                ids = tokenize_pair(pair, tokenizer, UNCUT)
-                tokenize_pair(pair, tokenizer, max_length)
-            except UnusablePair as error:
-                reason = "end-of-text marker" if " inside the " in error.reason else error.reason
-                row.bad = BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason)
-            else:
-                row.pairs.append(pair)
-                lengths.append([len(ids[f"{side}_ids"]) for side in SIDES])
+def token_lengths(rows: Rows, tokenizer, max_length: int) -> list[list[int]]:
+    """Tokens of each pair before any cut; takes pairs that cannot be trained on from `rows`."""
+    lengths, usable, reasons = [], [], {}
+    for n, (number, *pair) in enumerate(zip(rows.numbers, *rows.pairs.values(), strict=True)):
+        pair = dict(zip(SIDES, pair, strict=True))
+        try:
+            ids = tokenize_pair(pair, tokenizer, UNCUT)
+            tokenize_pair(pair, tokenizer, max_length)
+        except UnusablePair as error:
+            reason = "end-of-text marker" if " inside the " in error.reason else error.reason
+            reasons[number] = BadRow(TOKEN_REASONS.get(reason, reason), None, error.reason)
+        else:
+            usable.append(n)
+            lengths.append([len(ids[f"{side}_ids"]) for side in SIDES])
+    rows.keep(usable)
+    lost = reasons.keys() - set(rows.numbers)
+    rows.bad = dict(sorted((rows.bad | {n: reasons[n] for n in lost}).items()))
     return lengths
 
 

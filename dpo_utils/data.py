@@ -5,16 +5,20 @@ import hashlib
 import json
 import os
 import re
+import uuid
 from collections import Counter
 from pathlib import Path
 
+import datasets
+import pyarrow as pa
 from datasets import Dataset
 
+from dpo_utils.cells import fold as fold  # found here too
+from dpo_utils.cells import plain_text as plain_text
+from dpo_utils.cells import prompt_key
 from dpo_utils.profiles import Profile
-from dpo_utils.rows import COUNTED, REMEDIES, PreferenceDataError, Row
-from dpo_utils.schemas import DEMONSTRATIONS, PREFERENCES, prompt_key, read_pairs
-from dpo_utils.schemas import fold as fold  # found here too
-from dpo_utils.schemas import plain_text as plain_text
+from dpo_utils.rows import COUNTED, REMEDIES, PreferenceDataError, Rows
+from dpo_utils.schemas import DEMONSTRATIONS, PREFERENCES, read_pairs
 
 
 def load_preferences(
@@ -22,41 +26,59 @@ def load_preferences(
     *,
     split="train",
     columns=None,
-    on_error="raise",
+    on_error=None,
     keep=(),
     quarantine=None,
     revision=None,
+    name=None,
     kind=PREFERENCES,
 ) -> Dataset:
     """Preference pairs in TRL's format: prompt, chosen, rejected, all text or all message lists.
 
-    source: a .json .jsonl .csv .parquet file, "misconceptions", "tiny", a hub id, or rows in
-    memory. split, revision: of a hub id. columns: our names -> the file's own. keep: extra columns
-    to carry along. on_error: "raise" refuses the first bad row; "skip" writes the bad rows with
-    their reasons to `quarantine`, by default a file next to the source. Ties make no pair and are
-    counted. Raises PreferenceDataError.
+    source: a file (.json .jsonl .csv .tsv .parquet, also .gz), several, a glob, a folder, also of
+    `save_to_disk`; "misconceptions", "tiny"; a hub id, with its configuration as owner/name:config
+    or in `name`; a Dataset, DatasetDict, DataFrame or list of rows. columns: our names -> its own.
+    keep: extra columns to carry along. on_error: "raise" refuses the first bad row; "skip" writes
+    the bad rows with their reasons to `quarantine`, by default a file next to the source; both can
+    be set by DPO_ON_ERROR and DPO_QUARANTINE. What is dropped or not used is printed with its
+    count. Raises PreferenceDataError.
     """
+    on_error = on_error or os.environ.get("DPO_ON_ERROR") or "raise"
+    quarantine = quarantine or os.environ.get("DPO_QUARANTINE")
     if on_error not in ("raise", "skip"):
         raise ValueError(f"on_error={on_error!r}: use 'raise' or 'skip'")
-    name, rows = read_pairs(source, kind, columns, keep, split, revision)
-    faults = [row for row in rows if row.bad and row.bad.reason not in COUNTED]
+    where = {"split": split, "revision": revision, "config": name}
+    rows = read_pairs(source, kind, columns, keep, **where)
+    name, total = rows.name, len(rows.values)
+    faults = {n: bad for n, bad in rows.bad.items() if bad.reason not in COUNTED}
     if faults and on_error == "raise":
-        row, bad = faults[0], faults[0].bad
-        line = f" (line {row.line})" if row.line else ""
+        number, bad = next(iter(faults.items()))
         column = f", column {bad.column!r}" if bad.column else ""
-        problem = f"row {row.number}{line}{column}: {bad.reason}, found {bad.found}"
+        problem = f"row {number}{rows.place(number)}{column}: {bad.reason}, found {bad.found}"
         remedy = REMEDIES.get(bad.reason, "Correct or remove it")
-        others = f'{len(faults)} bad of {len(rows)} rows. on_error="skip" sets them aside'
-        raise PreferenceDataError(f"{name}, {problem}. {remedy}; {others}")
-    if counts := Counter(row.bad.reason for row in rows if row.bad):
+        others = f'{len(faults)} bad of {total} rows. on_error="skip" sets them aside'
+        raise PreferenceDataError(f"{name}, {problem}. {remedy}; {others}, or DPO_ON_ERROR=skip")
+    if counts := Counter(bad.reason for bad in rows.bad.values()):
         reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(counts.items()))
-        kept = f"{len(rows) - counts.total()} kept, {counts.total()} dropped ({reasons})"
-        aside = f"; set aside in {set_aside(name, faults, quarantine)}" if faults else ""
-        print(f"{name}: {len(rows)} rows read, {kept}{aside}")
-    pairs = [pair for row in rows for pair in row.pairs]
-    if not pairs:
-        raise PreferenceDataError(f"{name}: no row is left of {len(rows)}. Mend the rows")
-    return Dataset.from_list(pairs)
+        kept = f"{total - counts.total()} kept, {counts.total()} dropped ({reasons})"
+        aside = f"; set aside in {set_aside(rows, faults, quarantine)}" if faults else ""
+        print(f"{name}: {total} rows read, {kept}{aside}")
+    for note, numbers in rows.notes.items():
+        if note.startswith("not used"):
+            print(f"{name}: {note}, though {len(numbers)} rows hold something there")
+    if not rows.numbers:
+        raise PreferenceDataError(f"{name}: no row is left of {total}. Mend the rows")
+    return as_dataset(rows.pairs)
+
+
+def as_dataset(columns: dict[str, list]) -> Dataset:
+    """A data set of columns; messages that call tools are kept as they are, key by key."""
+    lists = [name for name, column in columns.items() if isinstance(column[0], list)]
+    if any(len(turn) > 2 for name in lists for talk in columns[name] for turn in talk):
+        features = Dataset.from_list([{n: column[0] for n, column in columns.items()}]).features
+        features |= {name: datasets.List(datasets.Json()) for name in lists}
+        return Dataset.from_dict(columns, features=datasets.Features(features))
+    return Dataset(pa.table(columns), fingerprint=uuid.uuid4().hex)
 
 
 def load_demonstrations(source, **options) -> Dataset:
@@ -64,11 +86,16 @@ def load_demonstrations(source, **options) -> Dataset:
     return load_preferences(source, kind=DEMONSTRATIONS, **options)
 
 
-def set_aside(name: str, faults: list[Row], quarantine: str | Path | None) -> Path:
+def set_aside(rows: Rows, faults: dict, quarantine: str | Path | None) -> Path:
     """Writes the bad rows with their reasons as JSON lines and gives the path."""
-    near = name if Path(name).is_file() else re.sub(r"[/\s]", "_", name)
+    near = Path(rows.name)
+    if not (near.exists() and os.access(near.parent, os.W_OK)):
+        near = Path(re.sub(r"[^\w.-]+", "_", rows.name))
     path = Path(quarantine or f"{near}.quarantine.jsonl")
-    records = [{"row": r.number, "line": r.line, **vars(r.bad), "data": r.values} for r in faults]
+    records = [
+        {"row": n, "line": rows.lines[n - 1], **vars(bad), "data": rows.values[n - 1]}
+        for n, bad in faults.items()
+    ]
     text = "".join(json.dumps(record, default=repr) + "\n" for record in records)
     try:
         path.write_text(text, encoding="utf-8")
@@ -98,14 +125,16 @@ def column_name(text: str) -> tuple[str, str]:
     ours, _, theirs = text.partition("=")
     if not (ours and theirs):
         raise argparse.ArgumentTypeError(f"{text!r} is not OURS=THEIRS, as in prompt=Question")
-    return ours, theirs
+    return ours.strip(), theirs.strip()
 
 
 def columns_asked_for() -> dict | None:
     """`DPO_COLUMNS` (prompt=Question,chosen=Good) as our names -> the file's; None if not set."""
     named = os.environ.get("DPO_COLUMNS", "")
     try:
-        return dict(column_name(part) for part in named.split(",") if part) or None
+        return (
+            dict(column_name(part) for part in re.split(r",\s*(?=\w+\s*=)", named) if part) or None
+        )
     except argparse.ArgumentTypeError as problem:
         raise ValueError(f"DPO_COLUMNS: {problem}") from None
 
@@ -113,8 +142,12 @@ def columns_asked_for() -> dict | None:
 def training_data(stage: str, profile: Profile, **options):
     """(train, held out) pairs, split by prompt; for "sft" (demonstrations, None).
 
-    options of `load_preferences`; columns are those of `DPO_COLUMNS` unless given.
+    options of `load_preferences`. Unless they are given, columns are those of `DPO_COLUMNS`, and
+    on_error and quarantine those of `DPO_ON_ERROR` and `DPO_QUARANTINE`, or else of the profile.
     """
+    for name in ("on_error", "quarantine"):
+        told = options.get(name) or os.environ.get(f"DPO_{name.upper()}")
+        options[name] = told or getattr(profile, name, None)
     if stage == "sft":
         source, revision = profile.sft_dataset, profile.sft_dataset_revision
         return load_demonstrations(source, revision=revision, **options), None

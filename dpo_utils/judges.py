@@ -33,10 +33,10 @@ from dpo_utils.evaluate import bootstrap, sample
 from dpo_utils.logps import plain_logps
 from dpo_utils.models import load_policy, trainable
 from dpo_utils.plots import live
+from dpo_utils.schemas import PROMPTS
 from dpo_utils.tokens import encode_completion, encode_prompt
 
 SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}
-PROMPTS = (("prompt", ("prompt",), ()),)  # the schema of a file of which only prompts are read
 PAUSES = (0, 1, 2, 4)  # seconds before each try of an endpoint
 ASK = "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better: more "
 ASK += "truthful, more helpful, better written? Reply with one letter, A or B{tie}."

@@ -1,5 +1,6 @@
 """Loading: every source, every schema, every kind of bad row, and the split by prompt."""
 
+import gzip
 import json
 import math
 import random
@@ -9,11 +10,13 @@ from unittest.mock import Mock
 import pandas as pd
 import pyarrow.parquet
 import pytest
-from datasets import Dataset
+from datasets import Dataset, DatasetDict
 
 from dpo_utils import rows
+from dpo_utils.audit import audit
 from dpo_utils.data import (
     PreferenceDataError,
+    columns_asked_for,
     fold,
     load_demonstrations,
     load_preferences,
@@ -37,6 +40,8 @@ def assistant(text):
     return {"role": "assistant", "content": text}
 
 
+BROUGHT = [json.loads(line) for line in (Path(__file__).parent / "brought.jsonl").open("rb")]
+Q, A, B = user("q"), assistant("a"), assistant("b")
 TALK = {"prompt": [user("Hi")], "chosen": [assistant("A")], "rejected": [assistant("B")]}
 
 
@@ -265,7 +270,6 @@ BAD = [
     ({"chosen": "a\0b"}, "NUL character, found 'a\\x00b' (str)"),
     ({"prompt": "a\ud800"}, "lone surrogate, found 'a\\ud800' (str)"),
     ({"rejected": "True answer 2"}, "identical, found 'True answer 2' (str)"),
-    ({"rejected": " TRUE  answer ２"}, "identical after folding"),
 ]
 
 
@@ -276,6 +280,137 @@ def test_a_bad_cell_is_named_by_file_row_line_column_and_remedy(tmp_path, change
     assert message.startswith(f"{path}, row 2 (line 2), column {column!r}: {told}")
     remedy = rows.REMEDIES.get(told.split(",")[0], "Correct or remove it")
     assert f'{remedy}; 1 bad of 3 rows. on_error="skip" sets them aside' in message
+
+
+def short(value) -> str:
+    """A text, or messages as u:question a:answer."""
+    told = [f"{turn['role'][0]}:{turn['content']}" for turn in value if isinstance(turn, dict)]
+    return value if isinstance(value, str) else " ".join(told)
+
+
+@pytest.mark.parametrize("case", BROUGHT, ids=lambda case: case["what"])
+def test_what_people_bring_is_read_or_refused_by_row_or_named(case, capsys):
+    row = case["row"]
+    if "error" in case:
+        assert "row 1, column" in (message := refused([row])) and case["error"] in message
+        return
+    (pair,) = load_preferences([row])
+    unused = [f"not used: {case['unused']}"] if "unused" in case else []
+    said = [f"rows in memory: {name}, though 1 rows hold something there" for name in unused]
+    assert capsys.readouterr().out.splitlines() == said
+    assert {n: r for n, r in audit([row]).noted.items() if "used" in n} == dict.fromkeys(
+        unused, [1]
+    )
+    assert unused or " ".join(map(short, pair.values())) == case["pair"]
+
+
+def test_the_shared_beginning_is_the_one_that_trl_takes():
+    extract = pytest.importorskip("trl.data_utils").maybe_extract_prompt
+    rows = [{"chosen": [Q, A, Q, A], "rejected": [Q, A, Q, B]}]
+    rows += [{"prompt": "q", "chosen": [Q, A], "rejected": [Q, B]}]
+    assert load_preferences(rows).to_list() == [extract(row) for row in rows]
+
+
+def test_tool_calls_are_kept_as_they_are():
+    def call(given):
+        named = dict(type="function", function=dict(name="f", arguments=given))
+        return dict(role="assistant", content="", tool_calls=[named])
+
+    said = [Q, call(dict(x=1)), dict(role="tool", content="4", name="f"), Q]
+    row = dict(prompt=said, chosen=[call(dict(city="Oslo"))], rejected=[call(dict(y=[1]))])
+    written = [call('{"city": "Oslo"}') | dict(content=None)]  # OpenAI's own form
+    assert load_preferences([row, row | dict(chosen=written)]).to_list() == [row, row]
+    assert "identical" in refused([row | dict(rejected=row["chosen"])])
+    calls = {"from": "function_call", "value": '{"name": "f", "arguments": {}}'}
+    assert load_demonstrations([{"conversations": [{"from": "human", "value": "q"}, calls]}])[0][
+        "completion"
+    ] == [call({})]
+
+
+def test_labels_written_as_text_are_labels():
+    votes = {"False": False, "true": True, "0": False, 1: True, "👎": False, "thumbs_up": True}
+    rows = [dict(messages=[Q, A], kto_tag=vote) for vote in votes]
+    assert load_demonstrations(rows, keep=("label",))["label"][:] == list(votes.values())
+    for value in ("maybe", None, 2):
+        told = refused(rows + [dict(rows[0], kto_tag=value)], load_demonstrations, keep=("label",))
+        assert "row 7, column 'kto_tag': not a label, found" in told
+
+
+def test_every_source_gives_the_same_rows(tmp_path, monkeypatch, capsys):
+    data, folder, saved = Dataset.from_list(GOOD), tmp_path / "own/shards", tmp_path / "saved"
+    folder.mkdir(parents=True)
+    files = [write(folder / f"{n}.jsonl", [row]) for n, row in enumerate(GOOD)]
+    data.save_to_disk(saved)
+    DatasetDict(train=data, test=data.select([0])).save_to_disk(tmp_path / "both")
+    (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress("\n".join(map(json.dumps, GOOD)).encode()))
+    pd.DataFrame(GOOD).to_csv(tmp_path / "b.csv.gz", index=False)
+    pd.DataFrame(GOOD).to_csv(tmp_path / "c.tsv", sep="\t", index=False)
+    pd.DataFrame(GOOD).to_csv(tmp_path / "d.csv", sep=";", index=False, encoding="utf-16")
+    (tmp_path / "e.jsonl").write_text(json.dumps(GOOD, indent=1))
+    (folder / "0.jsonl.quarantine.jsonl").write_text("{}")
+    monkeypatch.chdir(tmp_path)
+    memory = [data, DatasetDict(train=data), pd.DataFrame(GOOD), iter(GOOD)]
+    named = [
+        folder,
+        "own/shards",
+        "own/shards/*.jsonl",
+        f"{folder}/?.jsonl",
+        saved,
+        "saved",
+        "both",
+    ]
+    named += [files, list(map(str, files)), f"{folder}/"]
+    for source in memory + named + sorted(tmp_path.glob("?.*")):
+        assert load_preferences(source).to_list() == GOOD, source
+    assert len(load_preferences("both", split="test")) == 1
+    hole = pd.DataFrame(GOOD).convert_dtypes().mask(pd.Series([False, True, False]), axis=0)
+    assert "row 2, column 'prompt': missing value, found None" in refused(hole)
+    assert "no split 'x', only train, test. Pass split=" in refused("both", split="x")
+    files[1].write_text("{")
+    assert "own/shards, row 2 (1.jsonl line 1): broken row" in refused("own/shards")
+    write(folder / "other.csv", GOOD)
+    refused(folder)
+    assert "not read, of another kind or configuration: other.csv" in capsys.readouterr().out
+    (tmp_path / "f.jsonl.gz").write_bytes(b"\x1f\x8b")
+    assert "f.jsonl.gz: cannot be read, " in refused("f.jsonl.gz")
+
+
+def test_a_configuration_is_named_behind_a_colon(tmp_path, monkeypatch):
+    configs = "".join(f"- config_name: {n}\n  data_files: {n}.jsonl\n" for n in "ab")
+    (tmp_path / "own/set").mkdir(parents=True)
+    (tmp_path / "own/set/README.md").write_text(f"---\nconfigs:\n{configs}---\n")
+    for n in (0, 1):
+        write(tmp_path / f"own/set/{'ab'[n]}.jsonl", GOOD[n : n + 1])
+    monkeypatch.chdir(tmp_path)
+    for source, name in ((f"{tmp_path}/own/set:b", None), ("own/set:b", None), ("own/set", "b")):
+        assert load_preferences(source, name=name).to_list() == GOOD[1:2]
+    for source in ("own/set", "own/set:c"):
+        assert "['a', 'b']" in (told := refused(source)) and "owner/name:configuration" in told
+    monkeypatch.setattr(rows, "load_dataset", hub := Mock(return_value=Dataset.from_list(GOOD)))
+    assert len(load_preferences("owner/name:b")) == 3
+    hub.assert_called_with("owner/name", "b", split="train", revision=None)
+
+
+def test_the_data_of_every_profile_loads_as_it_is_shipped(tmp_path, monkeypatch):
+    def talk(question, answer):
+        return f"\n\nHuman: {question}\n\nAssistant: {answer}"
+
+    towns = [(talk(f"Town {n}?", "North."), talk(f"Town {n}?", "?")) for n in range(9)]
+    hh = [{"chosen": chosen, "rejected": rejected} for chosen, rejected in towns]
+    hh[2]["chosen"], hh[3]["chosen"] = talk("Town 2?", ""), talk("Town 3?", "A") + talk("And?", "B")
+    truthy = dict(id="0f", source="x", system="", prompt="Is it?", chosen="No.", rejected="Yes.")
+    dolly = dict(instruction="Why?", context="", response="So.", category="open_qa")
+    shipped = hh, [truthy, truthy | {"prompt": "Why?", "system": "S"}], [dolly]
+    files = [write(tmp_path / f"{n}.jsonl", records) for n, records in enumerate(shipped)]
+    monkeypatch.setenv("DPO_ON_ERROR", "skip")
+    monkeypatch.setenv("DPO_QUARANTINE", str(tmp_path / "aside.jsonl"))
+    profile = load_profile("phi2", dataset=str(files[0]), sft_dataset=str(files[2]))
+    assert list(map(len, training_data("dpo", profile))) == [6, 1]
+    assert json.loads((tmp_path / "aside.jsonl").read_text())["row"] == 3
+    assert training_data("sft", profile)[0].to_list() == [dict(prompt="Why?", completion="So.")]
+    assert [len(load_preferences(file)) for file in files[:2]] == [7, 2]
+    with pytest.raises(PreferenceDataError, match="row 3 .*blank.*DPO_ON_ERROR=skip"):
+        training_data("dpo", profile, on_error="raise")
 
 
 def test_misspelt_names_are_suggested(tmp_path):
@@ -297,6 +432,8 @@ def test_own_names_of_columns_come_from_the_environment(monkeypatch, tmp_path):
     monkeypatch.setenv("DPO_COLUMNS", "prompt=Question,chosen=Best Answer,rejected=Worst")
     train, held_out = training_data("dpo", mine)
     assert (len(train), len(held_out), train[0]["chosen"]) == (4, 1, "So.")
+    monkeypatch.setenv("DPO_COLUMNS", "prompt=a, b, chosen = c,rejected=d=e")  # commas in a name
+    assert columns_asked_for() == {"prompt": "a, b", "chosen": "c", "rejected": "d=e"}
     with pytest.raises(PreferenceDataError, match="no column"):  # what is said in code wins
         training_data("dpo", mine, columns={"prompt": "Question"})
     monkeypatch.setenv("DPO_COLUMNS", "Question")
