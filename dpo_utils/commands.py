@@ -50,6 +50,7 @@ def _column(text: str) -> tuple[str, str]:
 
 PROFILE = {"help": f"{', '.join(PROFILES)}; by default DPO_PROFILE or tiny"}
 COLUMN = {"action": "append", "default": [], "type": _column, "metavar": "OURS=THEIRS"}
+ON_ERROR = {"choices": ["raise", "skip"], "help": "skip: set bad rows aside, with their reasons"}
 COLUMN["help"] = "a column's own name in the file: --column prompt=Question"
 
 
@@ -63,7 +64,8 @@ def train(argv=None) -> tuple[argparse.Namespace, Profile, object, object]:
     add("--adapter", help="adapter to start from; in DPO it is also the reference")
     add("--data", dest="dataset", help="preferences or demonstrations: a local file or a hub id")
     add("--column", **COLUMN)
-    add("--on-error", choices=["raise", "skip"], default="raise", help="skip: set bad rows aside")
+    add("--on-error", **ON_ERROR)
+    add("--quarantine", help="file for the rows that are set aside")
     add("--target-modules", nargs="+", help="linear layers that get an adapter")
     add("--loss", help="a name in dpo_utils.losses.LOSSES")
     for name in ("steps", "batch", "seed"):
@@ -88,6 +90,7 @@ def train(argv=None) -> tuple[argparse.Namespace, Profile, object, object]:
     from dpo_utils.data import training_data
 
     options = {"columns": dict(args.column) or None, "on_error": args.on_error}
+    options["quarantine"] = args.quarantine
     return args, profile, *training_data(args.stage, profile, **options)
 
 
@@ -132,12 +135,15 @@ def report(argv=None) -> tuple[argparse.Namespace, Profile]:
     add("--name", default="misconceptions", help="the figure is <profile>_<name>.png")
     add("--data", help="preferences: a local file or a hub id")
     add("--column", **COLUMN)
+    add("--on-error", **ON_ERROR)
+    add("--quarantine", help="file for the rows that are set aside")
     add("--seeds", type=int, default=3)
     add("--benchmark", help="TruthfulQA's CSV, which the first seed answers")
     add("--limit", type=int, help="only so many questions of the benchmark")
     add("--fresh", action="store_true", help="train again what is under runs/")
     args = parser.parse_args(argv)
-    return args, load_profile(args.profile, **({"dataset": args.data} if args.data else {}))
+    asked = {"dataset": args.data, "on_error": args.on_error, "quarantine": args.quarantine}
+    return args, load_profile(args.profile, **{k: v for k, v in asked.items() if v})
 
 
 def workbook(argv=None) -> tuple[argparse.Namespace, Profile]:

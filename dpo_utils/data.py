@@ -139,15 +139,20 @@ def columns_asked_for() -> dict | None:
         raise ValueError(f"DPO_COLUMNS: {problem}") from None
 
 
+def bad_rows(profile: Profile, on_error=None, quarantine=None) -> dict:
+    """What becomes of bad rows: as asked for, else as the environment says, else the profile."""
+    asked = {"on_error": on_error, "quarantine": quarantine}
+    told = {name: value or os.environ.get(f"DPO_{name.upper()}") for name, value in asked.items()}
+    return {name: value or getattr(profile, name) for name, value in told.items()}
+
+
 def training_data(stage: str, profile: Profile, **options):
     """(train, held out) pairs, split by prompt; for "sft" (demonstrations, None).
 
     options of `load_preferences`. Unless they are given, columns are those of `DPO_COLUMNS`, and
     on_error and quarantine those of `DPO_ON_ERROR` and `DPO_QUARANTINE`, or else of the profile.
     """
-    for name in ("on_error", "quarantine"):
-        told = options.get(name) or os.environ.get(f"DPO_{name.upper()}")
-        options[name] = told or getattr(profile, name, None)
+    options |= bad_rows(profile, options.get("on_error"), options.get("quarantine"))
     if stage == "sft":
         source, revision = profile.sft_dataset, profile.sft_dataset_revision
         return load_demonstrations(source, revision=revision, **options), None

@@ -90,8 +90,10 @@ def logprob_judge(model, tokenizer):
     @torch.no_grad()
     def judge(prompt, a, b):
         question = encode_prompt(ASK.format(prompt=prompt, a=a, b=b, tie=""), tokenizer)
-        letters = [encode_completion(letter, tokenizer)[:1] for letter in "AB"]
-        return _larger(*plain_logps(model, [(question, letters)], tokenizer.pad_token_id).tolist())
+        one, two = (encode_completion(letter, tokenizer) for letter in "AB")
+        n = next(i for i, ids in enumerate(zip(one, two, strict=False)) if len({*ids}) == 2)
+        item = question + one[:n], [one[n : n + 1], two[n : n + 1]]  # a template may open alike
+        return _larger(*plain_logps(model, [item], tokenizer.pad_token_id).tolist())
 
     return judge
 

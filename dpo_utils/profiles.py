@@ -35,6 +35,8 @@ class Profile:
     lora_r: int = 16  # rank of the adapters
     lora_alpha: int = 32  # adapters are scaled by lora_alpha / lora_r
     max_length: int = 512  # tokens; longer completions are cut, longer prompts dropped
+    on_error: str = "raise"  # a bad row stops the load; skip: it is set aside and counted
+    quarantine: str | None = None  # file for the rows that are set aside; None: next to the data
     max_prompts: int | None = None  # at most this many pairs are used; None for all
     held_out: float = 0.2  # share of the prompts kept for evaluation
     sft_steps: int = 60  # optimizer steps of SFT
@@ -93,7 +95,8 @@ def load_profile(name: str | None = None, **changes) -> Profile:
         names = ", ".join(sorted(fields))
         raise ValueError(f"a profile has no field {min(unknown)!r}; its fields are {names}")
     if "target_modules" in changes:
-        changes["target_modules"] = tuple(changes["target_modules"])
+        named = changes["target_modules"]
+        changes["target_modules"] = (named,) if isinstance(named, str) else tuple(named)
     profile = dataclasses.replace(PROFILES[name], **changes)
     for field in ("beta", "micro_tokens", *POSITIVE):
         if not getattr(profile, field) > 0:

@@ -35,6 +35,13 @@ LABEL = re.compile(r"(.*?)(?:[ _.-]|(?=\d)|^)([ab]|\d+|chosen|rejected)", re.IGN
 NUMBER = re.compile(r"\s*[-+]?\d*\.?\d+(e[-+]?\d+)?\s*", re.IGNORECASE)
 
 
+def thumb(value, column: str = "label") -> bool:
+    """True for a thumb up, False for one down; raises BadRow for what is neither."""
+    if (found := THUMBS.get(str(value).strip().casefold())) is None:
+        raise BadRow("not a label", column, value)
+    return found
+
+
 @dataclass
 class Shape:
     """How the rows of a source are read; names are the source's own."""
@@ -238,8 +245,8 @@ def shape_of(source: str, rows: list[dict], kind: tuple, asked: dict) -> Shape:
         some = [row.get(name) for row in rows[:50] for name in shape.answers.values()]
         shape.implicit |= names == {"chosen", "rejected"} or any(map(speaks, some))
     lost = {ours: theirs for ours, theirs in asked.items() if theirs not in names}
-    found = (shape.answers or kind == PROMPTS) and (shape.implicit or "prompt" in columns)
-    if lost or not found:
+    asks = shape.implicit or "prompt" in columns
+    if lost or not (asks and (shape.answers or kind == PROMPTS)):
         missing = kind[:1] if shape.answers else kind
         lost = lost or {name: name for name in missing if name not in columns}
         folded = {name.casefold(): name for name in sorted(names)}
@@ -258,12 +265,9 @@ def shape_of(source: str, rows: list[dict], kind: tuple, asked: dict) -> Shape:
 
 def kept_of(row: dict, own: dict, kind: tuple) -> dict:
     """The extra columns of a row; the label of an unpaired answer is True or False."""
-    kept = {name: row.get(column) for name, column in own.items()}
-    for name, value in kept.items():
+    for name, value in (kept := {name: row.get(column) for name, column in own.items()}).items():
         if name == "label" and kind == DEMONSTRATIONS:
-            if (thumb := THUMBS.get(str(value).strip().casefold())) is None:
-                raise BadRow("not a label", own[name], value)
-            kept[name] = thumb
+            kept[name] = thumb(value, own[name])
         elif isinstance(value, str) and value.strip():
             check_text(value, own[name])
     return kept

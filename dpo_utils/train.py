@@ -38,6 +38,7 @@ from dpo_utils.models import load_policy, trainable
 from dpo_utils.profiles import Profile, describe, make_plan, require_adapter, run_directory
 from dpo_utils.reference import reference_logps, require_settings, run_key
 from dpo_utils.schedule import learning_rate_at, step_items
+from dpo_utils.schemas import thumb
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration, tokenize_pair
 
 METRICS = [f"{of}/{side}" for of in ("rewards", "logps") for side in ("chosen", "rejected")]
@@ -87,9 +88,9 @@ def train_dpo(
     rows, items = _items(model, pairs, tokenizer, profile, tokenize_pair)
     lengths = torch.tensor([[float(len(answer)) for answer in answers] for _, answers in items])
     settings, more = {"label_smoothing": profile.label_smoothing}, loss_options or {}
-    reference, fresh = None, options.get("fresh", False)
+    reference, how = None, {name: options.get(name) for name in ("fresh", "plain")}
     if needs_reference(profile.loss):
-        reference = reference_logps(model, tokenizer, items, profile, output, fresh)
+        reference = reference_logps(model, tokenizer, items, profile, output, **how)
 
     def objective(logps, numbers):
         refs = (None, None) if reference is None else reference[numbers].to(logps).T
@@ -117,9 +118,10 @@ def train_unpaired(
     means over good and over bad answers, in expectation. Options: `fit`.
     """
     rows, items = _items(model, answers, tokenizer, profile, tokenize_demonstration)
-    good = torch.tensor([bool(answers[row - 1]["label"]) for row in rows])
-    share, settings, fresh = good.float().mean(), loss_options or {}, options.get("fresh", False)
-    reference = reference_logps(model, tokenizer, items, profile, output, fresh)
+    good = torch.tensor([thumb(answers[row - 1]["label"]) for row in rows])
+    share, settings = good.float().mean(), loss_options or {}
+    how = {name: options.get(name) for name in ("fresh", "plain")}
+    reference = reference_logps(model, tokenizer, items, profile, output, **how)
 
     def objective(logps, numbers):
         label, ref = good[numbers].to(logps.device), reference[numbers].to(logps)[:, 0]

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 
 from dpo_utils import commands, evaluate, plots
-from dpo_utils.data import load_preferences, plain_text, split_by_prompt
+from dpo_utils.data import bad_rows, load_preferences, plain_text, split_by_prompt
 from dpo_utils.experiments.truthfulqa import multiple_choice, read_truthfulqa, unseen
 from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import describe, make_plan, run_directory
@@ -118,7 +118,8 @@ def main(argv=None) -> None:
 def command(args, base) -> None:
     """Train and measure every seed; print the table and draw the figure."""
     columns, pin = dict(args.column) or None, base.dataset_revision
-    pairs = load_preferences(base.dataset, columns=columns, revision=pin)
+    aside = bad_rows(base, args.on_error, args.quarantine)
+    pairs = load_preferences(base.dataset, columns=columns, revision=pin, **aside)
     print(describe(base), make_plan(base), f"{len(pairs)} pairs", sep="\n")
     benchmark, runs = read_truthfulqa(args.benchmark) if args.benchmark else [], []
     for seed in range(args.seeds):
