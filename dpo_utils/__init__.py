@@ -3,9 +3,9 @@
 profiles -> data -> tokens -> models -> logps -> losses -> train -> evaluate -> plots
 
 Next to it: rows, cells and schemas (records of any source to checked pairs), adapters, fast (the
-same log-probs for half the work), schedule, reference, preflight, checkpoints and export (what
-surrounds a run), audit, judges, chat, world, exact and tabular (known truths), make_tiny, workbook
-and commands.
+same log-probs for half the work), schedule, reference, preflight, checkpoints, export and ensure
+(what surrounds a run), audit, judges, chat, world, exact and tabular (known truths), make_tiny,
+workbook and commands.
 experiments/ and exercises/ hold what single notebooks need.
 """
 

@@ -1,4 +1,4 @@
-"""SFT, DPO and KTO in one loop, and what makes an adapter where a notebook finds none.
+"""SFT, DPO and KTO in one loop.
 
 In a shell: python -m dpo_utils train {sft,dpo} --profile tiny --output DIR [--data FILE] ...
 """
@@ -11,32 +11,27 @@ if __name__ == "__main__":  # before torch is imported
     sys.exit(__main__.main(["train", *sys.argv[1:]]))
 
 import math
-import os
 import time
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from pathlib import Path
 
 import torch
 from accelerate import Accelerator, PartialState
 from accelerate.utils import gather_object
 from accelerate.utils.memory import clear_device_cache, should_reduce_batch_size
 from datasets import concatenate_datasets
-from filelock import FileLock
-from huggingface_hub import snapshot_download
 from torch.nn.utils import parameters_to_vector, vector_to_parameters
 from tqdm import tqdm
 
 from dpo_utils import preflight
 from dpo_utils.audit import audit
 from dpo_utils.checkpoints import RunFolder, digest, orderly_stop
-from dpo_utils.data import training_data
 from dpo_utils.logps import completion_logps, options_for, why_plain
 from dpo_utils.losses import kto_loss, needs_reference, preference_loss
 from dpo_utils.models import load_policy, trainable
-from dpo_utils.profiles import Profile, describe, make_plan, require_adapter, run_directory
-from dpo_utils.reference import reference_logps, require_settings, run_key
+from dpo_utils.profiles import Profile, describe, make_plan
+from dpo_utils.reference import reference_logps, run_key
 from dpo_utils.schedule import learning_rate_at, step_items
 from dpo_utils.schemas import thumb
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration, tokenize_pair
@@ -271,29 +266,6 @@ def _backward(run: Run, numbers: list[int], total, scale: float) -> dict | None:
             raise
         return None
     return sums
-
-
-def ensure(stage: str, profile: Profile) -> Path:
-    """The folder of the profile's "sft" or "dpo" adapter; trained here where there is none.
-
-    It is looked for under `run_directory(profile)`, which `DPO_RUNS` can put on a mounted drive.
-    `DPO_SFT_ADAPTER` and `DPO_DPO_ADAPTER` name another folder, or an adapter on the hub.
-    Raises SettingsChanged if what is there was trained with other settings.
-    """
-    if source := os.environ.get(f"DPO_{stage.upper()}_ADAPTER"):
-        folder = Path(source if Path(source).is_dir() else snapshot_download(source))
-        require_adapter(folder)
-        return folder
-    run = run_directory(profile) / stage
-    run.mkdir(parents=True, exist_ok=True)
-    with FileLock(run / "ensure.lock"):  # another notebook may be at it: wait, and find its adapter
-        if not (run / "adapter").exists():
-            sft = ensure("sft", profile) if stage == "dpo" else None
-            print(f"no {stage} adapter in {run.parent.name}/{stage}: training it. {profile.cost}")
-            policy, rows = load_policy(profile, adapter=sft), training_data(stage, profile)[0]
-            {"sft": train_sft, "dpo": train_dpo}[stage](*policy, rows, profile, run)
-    require_settings(run, profile)
-    return run / "adapter"
 
 
 def main(argv=None) -> None:

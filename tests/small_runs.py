@@ -5,9 +5,10 @@ from functools import cache
 from datasets import Dataset
 
 from dpo_utils import models
+from dpo_utils.data import training_data
 from dpo_utils.models import trainable
 from dpo_utils.profiles import load_profile
-from dpo_utils.train import train_dpo, train_sft, training_data
+from dpo_utils.train import train_dpo, train_sft
 
 # Whatever the tiny profile says. 4 pairs a step out of 10: no epoch ends with a step.
 SHORT = {"beta": 0.1, "learning_rate": 1e-3, "batch": 4, "steps": 7, "checkpoint_every": 3}

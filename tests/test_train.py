@@ -18,11 +18,12 @@ from small_runs import adapter_bytes, demonstrations, dpo, pairs, policy, profil
 
 from dpo_utils import commands, reference, train
 from dpo_utils.checkpoints import SettingsChanged, read_history
+from dpo_utils.ensure import ensure
 from dpo_utils.logps import all_logps, options_for
 from dpo_utils.losses import LOSSES, kto_loss
 from dpo_utils.models import trainable
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration
-from dpo_utils.train import ensure, learning_rate_at, main, step_items, train_dpo, train_unpaired
+from dpo_utils.train import learning_rate_at, main, step_items, train_dpo, train_unpaired
 
 ROOT = Path(__file__).resolve().parent.parent
 LN_2 = math.log(2)
@@ -308,14 +309,14 @@ def test_what_a_notebook_misses_is_trained_once_or_taken_from_elsewhere(
     said = capsys.readouterr().out
     assert said.index("no sft adapter in tiny/sft") < said.index("no dpo adapter in tiny/dpo")
     assert len(read_history(tmp_path / "tiny/sft")) == len(read_history(tmp_path / "tiny/dpo")) == 2
-    monkeypatch.setattr(train, "load_policy", None)
+    monkeypatch.setattr("dpo_utils.ensure.load_policy", None)
     assert ensure("sft", short) == tmp_path / "tiny/sft/adapter"
     with pytest.raises(SettingsChanged, match="tiny/dpo was made with other .*\n.*beta: was"):
         ensure("dpo", replace(short, beta=9.0))
     with pytest.raises(SettingsChanged, match="steps: was 2, is 3$"):
         ensure("sft", replace(short, sft_steps=3))
     ensure("sft", replace(short, steps=3, beta=9.0))  # they are DPO's
-    monkeypatch.setattr(train, "snapshot_download", lambda name: str(tmp_path / name))
+    monkeypatch.setattr("dpo_utils.ensure.snapshot_download", lambda n: str(tmp_path / n))
     for source in (str(tmp_path / "tiny/sft/adapter"), "tiny/sft/adapter"):
         monkeypatch.setenv("DPO_SFT_ADAPTER", source)
         assert ensure("sft", profile(sft_steps=5)) == tmp_path / "tiny/sft/adapter"

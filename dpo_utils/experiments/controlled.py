@@ -14,9 +14,10 @@ from scipy.special import expit
 from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
 
 from dpo_utils import evaluate, plots
+from dpo_utils.data import training_data
 from dpo_utils.models import load_policy
 from dpo_utils.profiles import ASSETS, load_profile
-from dpo_utils.train import train_dpo, train_sft, training_data
+from dpo_utils.train import train_dpo, train_sft
 
 PROMPT = "Give the {} {} a good or a bad review in one sentence."
 KINDS = "new old small cheap modern local famous Italian"

@@ -14,11 +14,11 @@ import pandas as pd
 import torch
 
 from dpo_utils import commands, evaluate, plots
-from dpo_utils.data import bad_rows, load_preferences, plain_text, split_by_prompt
+from dpo_utils.data import bad_rows, load_preferences, plain_text, split_by_prompt, training_data
 from dpo_utils.experiments.truthfulqa import multiple_choice, read_truthfulqa, unseen
 from dpo_utils.models import as_reference, load_policy
 from dpo_utils.profiles import describe, make_plan, run_directory
-from dpo_utils.train import train_dpo, train_sft, training_data
+from dpo_utils.train import train_dpo, train_sft
 
 MARGINS, ACCURACY = "margins (beta × nats)", ", accuracy"
 
