@@ -45,14 +45,16 @@ def test_the_base_as_reference_of_a_run_that_starts_from_sft_is_noticed(tmp_path
 def test_a_cached_reference_that_belongs_to_something_else_is_noticed(monkeypatch):
     model, tokenizer = policy()
     real = train.reference_logps
-    monkeypatch.setattr(train, "reference_logps", lambda *args: real(*args) + 0.1)
+    monkeypatch.setattr(train, "reference_logps", lambda *args, **how: real(*args, **how) + 0.1)
     refuses("log-probs are off by 0.1 nats", model, tokenizer)
 
 
 @pytest.mark.parametrize("run, data", [(train_dpo, pairs), (train_sft, demonstrations)])
 def test_a_frozen_adapter_is_noticed(monkeypatch, run, data):
     model, tokenizer = policy()
-    monkeypatch.setattr(train, "reference_logps", lambda *_: torch.zeros(10, 2))  # it would thaw it
+    monkeypatch.setattr(
+        train, "reference_logps", lambda *_, **__: torch.zeros(10, 2)
+    )  # it would thaw it
     model.requires_grad_(False)
     with pytest.raises(RuntimeError, match="nothing is trainable"):
         run(model, tokenizer, data(), profile())
@@ -100,7 +102,7 @@ def test_a_reference_that_moves_is_noticed(monkeypatch):
 
 def test_a_reference_that_is_not_finite_is_noticed(monkeypatch):
     model, tokenizer = policy()
-    monkeypatch.setattr(train, "reference_logps", lambda *_: torch.zeros(10, 2))
+    monkeypatch.setattr(train, "reference_logps", lambda *_, **__: torch.zeros(10, 2))
     bias = next(p for n, p in model.named_parameters() if "layernorm.bias" in n)
     bias.data += float("inf")
     message = "not finite before the first step.*float16"
