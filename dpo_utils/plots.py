@@ -52,11 +52,11 @@ def column(history, name: str) -> tuple[list[int], list[float]]:
 
 
 def curve(history, name: str, label: str, color: str, ax=None, line=None):
-    """One metric: faint as measured, strong as a trailing mean of five; `line`: (height, label)."""
+    """One metric: faint as measured, strong the mean of five steps around; `line`: (y, label)."""
     ax = _axes(ax)
     steps, values = column(history, name)
     ax.plot(steps, values, color=color, alpha=0.25, linewidth=0.8)
-    means = [np.mean(values[max(0, end - 5) : end]) for end in range(1, len(values) + 1)]
+    means = [np.mean(values[max(0, i - 2) : i + 3]) for i in range(len(values))]
     ax.plot(steps, means, color=color, label=label)
     if line:
         ax.axhline(line[0], label=line[1], **GUIDE)
@@ -105,15 +105,6 @@ class LiveMargins:
         else:
             self.handle = display(figure, display_id=True)
         plt.close(figure)
-
-
-def margin_histogram(margins, ax=None):
-    """How the margins of pairs spread; left of zero the model prefers the rejected answer."""
-    ax = _axes(ax)
-    ax.hist(margins, bins=30, color=MARGIN, alpha=0.7)
-    ax.axvline(0, color="black", linewidth=1)
-    ax.set(xlabel="reward margin of a pair (beta × nats)", ylabel="pairs")
-    return ax
 
 
 def interval_bars(results: dict, ax=None, unit: str = "share", marks=()):
@@ -177,4 +168,25 @@ def bands(x, results: dict, ax=None, xlabel: str = "", ylabel: str = ""):
         ax.fill_between(x, low, high, color=f"C{i}", alpha=0.15, linewidth=0)
     ax.set(xlabel=xlabel, ylabel=ylabel)
     ax.legend()
+    return ax
+
+
+def diagram(boxes: dict[str, tuple], arrows=(), ax=None):
+    """Boxes {text: (x, y, colour)}, in units of a box, and arrows (from, to, label)."""
+    ax = _axes(ax, *np.ptp([place[:2] for place in boxes.values()], axis=0) * (2.1, 1.1) + (2, 0.9))
+    frame = {"boxstyle": "round,pad=0.5", "facecolor": "white"}
+    drawn = {}
+    for text, (x, y, color) in boxes.items():
+        style = {"bbox": frame | {"edgecolor": color}, "ha": "center", "va": "center"}
+        drawn[text] = ax.text(2.1 * x, 1.1 * y, text, fontsize=9, **style)
+    ax.update_datalim([(2.1 * x, 1.1 * y) for x, y, _ in boxes.values()])
+    ax.margins(0.25)
+    for start, end, label in arrows:
+        ends = {"patchA": drawn[start].get_bbox_patch(), "patchB": drawn[end].get_bbox_patch()}
+        (x0, y0), (x1, y1) = (drawn[name].get_position() for name in (start, end))
+        arrow = {"arrowstyle": "-|>", "color": GREY, "shrinkA": 2, "shrinkB": 2, **ends}
+        ax.annotate("", (x1, y1), (x0, y0), arrowprops=arrow)
+        where = {"color": GREY, "ha": "center", "va": "bottom", "fontsize": 8}
+        ax.text((x0 + x1) / 2, (y0 + y1) / 2 + 0.04, label, **where)
+    ax.axis("off")
     return ax

@@ -130,7 +130,9 @@ def command(args, base) -> None:
     bars = {n.removesuffix(ACCURACY): x for n, x in summary["measured"].items() if ACCURACY in n}
     figure, (left, right) = plots.plt.subplots(1, 2, layout="constrained", **shape)
     plots.interval_bars(bars, left, "held-out accuracy", marks=[(0.5, "chance")])
-    plots.margin_histogram(pd.concat([run["measured"][MARGINS] for run in runs]), right)
+    right.hist(pd.concat([run["measured"][MARGINS] for run in runs]), bins=30, color=plots.MARGIN)
+    right.axvline(0, color="black", linewidth=1)  # to its left the rejected answer is preferred
+    right.set(xlabel="reward margin of a pair (beta × nats)", ylabel="pairs")
     figure.suptitle(f"{base.name}: {args.name}")
     plots.save_figure(figure, f"{base.name}_{args.name}", summary)
     samples = json.dumps(summary["samples"], indent=1, ensure_ascii=False)
