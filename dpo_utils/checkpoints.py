@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import platform
 import shutil
 import signal
 import threading
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import safetensors.torch
 import torch
+from filelock import FileLock, Timeout
 from safetensors import SafetensorError, safe_open
 
 from dpo_utils import export
@@ -131,6 +133,26 @@ class RunFolder:
         self.run, self.path, self.key = run, Path(path) if path else None, key
         self.writes = self.path is not None and run.accelerator.is_main_process
         self.weights = {n: p for n, p in run.model.named_parameters() if p.requires_grad}
+
+    @contextlib.contextmanager
+    def alone(self):
+        """Keep the folder to this run. Raises BlockingIOError while another process trains in it.
+
+        The lock is the process's own: it goes with it, however it ends.
+        """
+        if not self.writes:
+            yield
+            return
+        self.path.mkdir(parents=True, exist_ok=True)
+        lock, holder = FileLock(self.path / "run.lock", blocking=False), self.path / "run.pid"
+        try:
+            held = lock.acquire()
+        except Timeout:
+            who = f"process {holder.read_text(encoding='utf-8')} is training into it"
+            raise BlockingIOError(f"{self.path}: {who}; wait, or choose another folder") from None
+        with held:
+            write_file(holder, f"{os.getpid()} on {platform.node()}".encode())
+            yield
 
     def open(self, fresh: bool) -> None:
         """Load the newest whole checkpoint into model, optimizer and history; fresh deletes it."""

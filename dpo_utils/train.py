@@ -163,7 +163,8 @@ def fit(
     and a finished run is loaded, not repeated. fresh: start over. tracker: one of Accelerate's.
     on_step: called with the history after every step. plain: force (True) or forbid (False) the
     plain form of the log-probs. Raises SettingsChanged if `output` was made with other settings,
-    the errors of `preflight`, and KeyboardInterrupt after a signal, once a checkpoint is saved.
+    the errors of `preflight`, BlockingIOError while another process trains into `output`, and
+    KeyboardInterrupt after a signal, once a checkpoint is saved.
     """
     if not trainable(model):
         raise RuntimeError("nothing is trainable: load the adapter with is_trainable=True")
@@ -177,8 +178,17 @@ def fit(
     optimizer = torch.optim.AdamW(trainable(model), weight_decay=0.0)
     run = Run(model, task, profile, accelerator, optimizer, options)
     folder = RunFolder(run, output, run_key(run, tokenizer))
-    folder.open(fresh)
-    model.train()
+    with folder.alone():
+        folder.open(fresh)
+        _steps(run, folder, tracker, on_step)
+        folder.close()
+    return run.history
+
+
+def _steps(run: Run, folder: RunFolder, tracker, on_step) -> None:
+    """The steps that are still to be taken, with all that is kept and said of them."""
+    accelerator, profile, task = run.accelerator, run.profile, run.task
+    run.model.train()
     steps = range(len(run.history) + 1, profile.steps + 1)
     start = preflight.before_first_step(run) if steps and not run.history else None
     silent = None if accelerator.is_main_process else True  # None: TQDM_DISABLE decides
@@ -202,8 +212,6 @@ def fit(
                 folder.save()
             if stopping:
                 raise KeyboardInterrupt(f"stopped after step {step}: run again to resume")
-    folder.close()
-    return run.history
 
 
 def take_step(run: Run, step: int, numbers: list[int]) -> dict:

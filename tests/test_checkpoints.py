@@ -76,6 +76,21 @@ def test_killed_right_after_a_step(run, after, tmp_path, same):
     same(run, tmp_path)
 
 
+@pytest.mark.parametrize("fresh", [False, True])
+def test_a_folder_takes_one_run_at_a_time_until_that_process_is_gone(fresh, tmp_path, same):
+    fork = multiprocessing.get_context("fork")
+    there, wait = fork.Event(), {"on_step": at(3, lambda: [there.set(), signal.pause()])}
+    child = fork.Process(target=dpo, args=(tmp_path, SETTINGS), kwargs=wait, daemon=True)
+    child.start()
+    assert there.wait(60)
+    with pytest.raises(BlockingIOError, match=rf"process {child.pid} on .* is training into it"):
+        dpo(tmp_path, SETTINGS, fresh=fresh)
+    child.kill()
+    child.join()
+    assert len(read_history(tmp_path)) == 3
+    same(dpo, tmp_path)
+
+
 @pytest.mark.parametrize(
     "signals, said, newest",
     [
