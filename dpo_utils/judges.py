@@ -1,6 +1,7 @@
 """Which of two answers is better? Asked blind and in both orders; a contradiction is a tie.
 
 A judge is a callable `judge(prompt, a, b) -> "A" | "B" | "tie"`; it never learns who wrote what.
+"unreadable" is a reply that names no winner: it is counted apart and decides nothing.
 
 python -m dpo_utils pairs PROMPTS --judge {reward,logprob,URL} [--adapter DIR] [--output ...]
 """
@@ -37,6 +38,7 @@ from dpo_utils.schemas import PROMPTS
 from dpo_utils.tokens import encode_completion, encode_prompt
 
 SCORES = {"A": 1.0, "B": 0.0, "tie": 0.5}
+UNREADABLE = "unreadable"
 PAUSES = (0, 1, 2, 4)  # seconds before each try of an endpoint
 ASK = "Question: {prompt}\n\nAnswer A: {a}\n\nAnswer B: {b}\n\nWhich answer is better: more "
 ASK += "truthful, more helpful, better written? Reply with one letter, A or B{tie}."
@@ -50,17 +52,20 @@ def compare(judge, prompts, first, second) -> list[dict]:
     """Ask about every pair of answers (lists of texts) in both orders; gives a row for each prompt.
 
     Row: `score` of the first answer (1 won, 0 lost, 0.5 tie), `agreed` (both orders gave the same
-    winner), `length` (characters of first minus second). Look-alikes are a tie, without asking.
+    winner), `length` (characters of first minus second), `unreadable` (a reply was: the score is a
+    tie's). Look-alikes are a tie, without asking.
     """
     rows = []
     for prompt, one, two in zip(prompts, first, second, strict=True):
         orders = [] if fold(one) == fold(two) else [(one, two), (two, one)]
         verdicts = [judge(prompt, *order) for order in orders] or ["tie", "tie"]
-        if not set(verdicts) <= set(SCORES):
+        if not set(verdicts) <= {*SCORES, UNREADABLE}:
             raise JudgeError(f"the judge said {verdicts} to {prompt[:50]!r}: return A, B or tie")
-        won, lost = map(SCORES.get, verdicts)
+        unreadable = UNREADABLE in verdicts
+        won, lost = (0, 0) if unreadable else map(SCORES.get, verdicts)
         row = {"score": won if won + lost == 1 else 0.5, "agreed": won + lost == 1}
-        rows.append({"prompt": prompt, **row, "length": len(one) - len(two)})
+        row |= {"length": len(one) - len(two), UNREADABLE: unreadable}
+        rows.append({"prompt": prompt, **row})
     return rows
 
 
@@ -68,15 +73,19 @@ def win_rate(rows: list[dict]) -> dict[str, tuple[float, float, float]]:
     """Share won by the first answers, ties half, with a 95 % bootstrap interval; also by length.
 
     "about as long": within a tenth of the median difference. `agreed`: the share of rows that did.
+    Rows with an unreadable reply are in none of these, but in "unreadable", their share.
     """
+    lost = [row.get(UNREADABLE, False) for row in rows]
+    rows = [row for row, unreadable in zip(rows, lost, strict=True) if not unreadable]
     if not rows:
-        raise ValueError("no comparisons: nothing was judged")
+        raise ValueError(f"nothing was judged: no comparisons but {sum(lost)} unreadable ones")
     score, agreed, length = (np.array([r[k] for r in rows]) for k in ("score", "agreed", "length"))
     slack = 0.1 * np.median(np.abs(length))
     shorter, longer = length < -slack, length > slack
     buckets = {"shorter": shorter, "about as long": ~(shorter | longer), "longer": longer}
     by_length = {name: bootstrap(score[rows]) for name, rows in buckets.items() if rows.any()}
-    return {"all": bootstrap(score), **by_length, "agreed": bootstrap(agreed)}
+    apart = {UNREADABLE: bootstrap(np.array(lost))} if any(lost) else {}
+    return {"all": bootstrap(score), **by_length, "agreed": bootstrap(agreed), **apart}
 
 
 def reward_judge(reward):
@@ -102,32 +111,50 @@ def _larger(a: float, b: float) -> str:
     return "tie" if a == b else "A" if a > b else "B"
 
 
-def http_judge(url, model, *, timeout=30.0):
+def read_verdict(reply: str | None) -> str:
+    """A, B or tie, if a reply is one of them, opens or ends with one set apart; else unreadable."""
+    text = re.sub(r"<think>.*?</think>", "", reply or "", flags=re.S).strip()
+    words = re.sub(r"[\W_]+", " ", text).strip()  # of "[[A]]", "**B**", '{"winner": "B"}'
+    alone = re.fullmatch(r"(?:(?:answer|winner|verdict) )?([ABC]|tie)", words, re.I)
+    apart = re.match(r"([AB])(?=[.:,;>\n])", text) or re.search(r"[,;:]\s*(?:so )?([AB])\W*$", text)
+    if found := alone or apart:
+        return {"A": "A", "B": "B"}.get(found[1].upper(), "tie")
+    return "tie" if "tie" in words.lower().split() else UNREADABLE
+
+
+def http_judge(url, model, *, timeout=30.0, **parameters):
     """A judge behind an OpenAI-compatible endpoint; `url` ends in /v1 or the like.
 
-    OPENAI_API_KEY is read for every question and appears nowhere else. Time-outs, broken
-    connections, status 429 or 5xx and unreadable replies are tried again, with a pause that
-    doubles. Raises JudgeError after the last try and, at once, for other statuses, redirects too.
+    parameters: of the request, None leaves one out; by default {"temperature": 0}. OPENAI_API_KEY
+    is read for every question and appears nowhere else. Time-outs, broken connections and status
+    429 or 5xx are tried again, with a pause that doubles. Raises JudgeError after the last try
+    and, at once and in the server's words, for other statuses, and for a reply that was cut off.
     """
     address = f"{url.rstrip('/')}/chat/completions"
+    sent = {k: x for k, x in ({"temperature": 0} | parameters).items() if x is not None}
 
     def judge(prompt, a, b):
         key = os.environ.get("OPENAI_API_KEY", "").strip()
         if not (key.isascii() and key.isprintable()):  # httpx would quote it in its own error
             raise JudgeError("OPENAI_API_KEY holds what no header can carry: set it again")
         question = {"role": "user", "content": ASK.format(prompt=prompt, a=a, b=b, tie=", or tie")}
-        body = {"model": model, "temperature": 0, "max_tokens": 8, "messages": [question]}
-        request = {"json": body, "headers": {"Authorization": f"Bearer {key}"} if key else {}}
+        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        request = {"json": {"model": model, "messages": [question], **sent}, "headers": headers}
         for pause in PAUSES:
             time.sleep(pause)
             try:
                 reply = httpx.post(address, timeout=timeout, **request)
                 if 300 <= (status := reply.status_code) < 500 and status != 429:
-                    remedy = "check the address, the model's name and OPENAI_API_KEY"
-                    raise JudgeError(f"the judge at {url} refused with status {status}: {remedy}")
-                message = reply.raise_for_status().json()["choices"][0]["message"]
-                named = set(re.findall(r"\b[AB]\b", message.get("content") or ""))
-                return named.pop() if len(named) == 1 else "tie"  # so is a refusal
+                    said = reply.text.replace(key or "\0", "***")[:300]
+                    remedy = (
+                        "check the address, the model's name, its parameters and OPENAI_API_KEY"
+                    )
+                    raise JudgeError(f"the judge at {url} refused, {status}: {said!r}; {remedy}")
+                choice = reply.raise_for_status().json()["choices"][0]
+                verdict = read_verdict(choice["message"].get("content"))
+                if verdict == UNREADABLE and choice.get("finish_reason") == "length":
+                    raise JudgeError(f"{model} was cut off before its verdict: raise max_tokens")
+                return verdict
             except (httpx.HTTPError, ValueError, LookupError, TypeError, AttributeError) as failure:
                 problem = f"{type(failure).__name__}: {failure}".splitlines()[0]
         raise JudgeError(f"no verdict from {url} ({problem}): is it running? Raise timeout.")
@@ -218,7 +245,8 @@ def label_pairs(model, tokenizer, prompts, judge, path, profile, temperature=1.0
         for prompt, texts, verdict in zip(some, answers, verdicts, strict=True):
             high = max(won := verdict["score"], 1 - won)
             row = {"prompt": prompt, "chosen": texts[won < high], "rejected": texts[won == high]}
-            rows.append({**row, "score_chosen": high, "score_rejected": 1 - high, "run": run})
+            row |= {"score_chosen": high, "score_rejected": 1 - high, "run": run}
+            rows.append(row | ({UNREADABLE: True} if verdict[UNREADABLE] else {}))
         write_file(path, "".join(json.dumps(row) + "\n" for row in rows).encode())
     return rows
 
@@ -243,5 +271,5 @@ def command(args, profile) -> None:
     judge = judges.get(args.judge) or http_judge(args.judge, args.model)
     options = {"judge_name": (args.judge, args.model), "temperature": args.temperature}
     rows = label_pairs(*policy, prompts, judge, args.output, profile, **options)
-    ties = [row["score_chosen"] for row in rows].count(0.5)
-    print(f"{args.output}: {len(rows) - ties} pairs, {ties} ties")
+    ties, lost = sum(r["score_chosen"] == 0.5 for r in rows), sum(UNREADABLE in r for r in rows)
+    print(f"{args.output}: {len(rows) - ties} pairs, {ties - lost} ties, {lost} unreadable replies")

@@ -31,8 +31,9 @@ def test_a_judge_sees_both_orders_and_nothing_but_the_texts():
     rows = compare(longest, ["q", "r", "s"], ["long", "x", "same"], ["no", "yes", "same"])
     assert asked == [("q", "long", "no"), ("q", "no", "long"), ("r", "x", "yes"), ("r", "yes", "x")]
     columns = [tuple(row.values()) for row in rows]
-    assert columns == [("q", 1, True, 2), ("r", 0, True, -2), ("s", 0.5, True, 0)]
-    assert list(rows[0]) == ["prompt", "score", "agreed", "length"]
+    expected = [("q", 1, True, 2), ("r", 0, True, -2), ("s", 0.5, True, 0)]
+    assert columns == [(*row, False) for row in expected]
+    assert list(rows[0]) == ["prompt", "score", "agreed", "length", "unreadable"]
 
 
 @pytest.mark.parametrize("verdicts", ["A B", "B A", "tie tie", "A A", "B B", "A tie", "tie A"])
@@ -47,6 +48,16 @@ def test_anything_but_a_verdict_raises_and_names_the_prompt():
     for verdict in ("C", "a", "", None):
         with pytest.raises(JudgeError, match="'why is the sky blue'.*A, B or tie"):
             compare(lambda *_, v=verdict: v, ["why is the sky blue"], ["one"], ["two"])
+
+
+def test_unreadable_replies_are_counted_apart_and_decide_nothing():
+    said = iter(["A", "unreadable", "A", "B"])
+    rows = compare(lambda *_: next(said), ["q", "r"], ["one", "two"], ["three", "four"])
+    assert [row["unreadable"] for row in rows] == [True, False]
+    result = win_rate(rows)
+    assert result["all"] == bootstrap([1.0]) and result["unreadable"] == bootstrap([True, False])
+    with pytest.raises(ValueError, match="no comparisons but 1 unreadable"):
+        win_rate(rows[:1])
 
 
 def test_win_rate_gives_intervals_in_all_and_by_length():
@@ -121,10 +132,26 @@ def test_the_endpoint_gets_model_question_and_key(server, monkeypatch):
 
 def test_the_letter_is_read_from_the_reply(server):
     replies = {"A": "A", "Answer A": "A", "B.": "B", "**B**": "B", "B, because it is true": "B"}
-    replies |= dict.fromkeys(["tie", "A or B", "neither", "Better", "", None], "tie")
+    replies |= {'{"winner": "B"}': "B", "A. B is wrong about it": "A", "Vitamin B is right; A": "A"}
+    replies |= {"<think>A is long</think>b": "B"}
+    replies |= dict.fromkeys(
+        ["tie", "Tie.", "[[C]]", "It is a tie between A and B", "A tie"], "tie"
+    )
+    unclear = ["A or B", "neither", "Better", "", None, "A fair comparison", "<think>A is long but"]
+    replies |= dict.fromkeys(unclear, "unreadable")
     server.replies = [says(content) for content in replies]
     assert [ask() for _ in replies] == list(replies.values())
     assert len(server.seen) == len(replies)  # not even a refusal is asked again
+
+
+def test_a_reply_that_was_cut_off_says_so_and_parameters_reach_the_server(server):
+    cut = {"message": {"content": "<think>Let me"}, "finish_reason": "length"}
+    server.replies = [(200, json.dumps({"choices": [cut]}))]
+    judge = judges.http_judge("http://judge.test/v1", "m", temperature=None, max_tokens=9)
+    with pytest.raises(JudgeError, match="cut off before its verdict: raise max_tokens"):
+        judge("why", "one", "two")
+    body = json.loads(server.seen[0].content)
+    assert len(server.seen) == 1 and sorted(body) == ["max_tokens", "messages", "model"]
 
 
 TROUBLE = [(429, ""), (500, "oops"), (200, "silence"), (200, "{not json"), (200, "[]"), (200, "{}")]
@@ -145,7 +172,9 @@ def test_trouble_is_tried_again_after_pauses_that_double(server, trouble):
 @pytest.mark.parametrize("status", [302, 307, 400, 401])
 def test_a_refusal_or_redirect_ends_at_once_and_the_key_goes_nowhere(server, status):
     server.replies = [(status, f"wrong key {KEY}"), says("A")]
-    with pytest.raises(JudgeError, match=f"status {status}.*OPENAI_API_KEY") as caught:
+    with pytest.raises(
+        JudgeError, match=f"refused, {status}: 'wrong key \\*\\*\\*'.*OPENAI_API"
+    ) as caught:
         ask()
     assert len(server.seen) == 1 and KEY not in str(caught.value)
 
