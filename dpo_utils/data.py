@@ -75,6 +75,9 @@ def as_dataset(columns: dict[str, list]) -> Dataset:
     """A data set of columns; messages that call tools are kept as they are, key by key."""
     lists = [name for name, column in columns.items() if isinstance(column[0], list)]
     if any(len(turn) > 2 for name in lists for talk in columns[name] for turn in talk):
+        if not hasattr(datasets, "Json"):
+            remedy = f"need a newer datasets than {datasets.__version__}: pip install -U datasets"
+            raise PreferenceDataError(f"messages that call tools {remedy}")
         features = Dataset.from_list([{n: column[0] for n, column in columns.items()}]).features
         features |= {name: datasets.List(datasets.Json()) for name in lists}
         return Dataset.from_dict(columns, features=datasets.Features(features))

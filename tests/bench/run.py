@@ -24,7 +24,7 @@ from bench.shapes import MODELS, QUANTISED, STEP, pair_lengths, save_model
 from bench.worker import VARIANTS
 
 from dpo_utils.plots import BLUE, GREY, ORANGE, save_figure
-from dpo_utils.profiles import repository_root
+from dpo_utils.profiles import runs_directory
 
 HERE = Path(__file__).resolve().parents[2]
 CLOCK, NAME = ("wall", "bench_gpu") if GPU else ("cpu", "bench_cpu")  # a busy neighbour costs wall
@@ -38,7 +38,8 @@ class Worker:
 
     def __init__(self, case: list[str], variant: str, checkout: Path):
         quiet = {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false"}
-        environment = os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(checkout)}
+        paths = os.pathsep.join([str(checkout), *filter(None, [os.environ.get("PYTHONPATH")])])
+        environment = os.environ | quiet | {"OMP_NUM_THREADS": "1", "PYTHONPATH": paths}
         command = [sys.executable, "-m", "bench.worker", *case, variant]
         self.log = tempfile.TemporaryFile("w+", encoding="utf-8")
         pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self.log}
@@ -152,7 +153,7 @@ def main() -> None:
     parser.add_argument("--before", type=Path, help="a checkout whose train_dpo takes turns too")
     parser.add_argument("--add", action="store_true", help="keep the cases in the JSON already")
     args = parser.parse_args()
-    known = repository_root() / "figures" / f"{NAME}.json"
+    known = Path(os.environ.get("DPO_FIGURES") or runs_directory() / "figures") / f"{NAME}.json"
     cases = json.loads(known.read_text(encoding="utf-8"))["cases"] if args.add else {}
     for shape in args.shapes:
         for lengths in args.lengths:

@@ -35,7 +35,8 @@ def save_model(shape: str, folder) -> None:
     fixed = {"hidden_act": "gelu_new", "resid_pdrop": 0.0, "max_position_embeddings": 2048}
     config = PhiConfig(**MODELS[shape], **ids, **fixed)
     dtype = torch.bfloat16 if shape in QUANTISED else torch.float32
-    model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+    with torch.device("cuda" if torch.cuda.is_available() else "cpu"):  # Phi-2's size takes minutes
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
     with torch.no_grad():
         model.lm_head.weight.mul_(3.0)  # log-probs that differ from word to word
     model.save_pretrained(folder)
