@@ -14,11 +14,11 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils.peft_utils import find_adapter_config_file
 
 from dpo_utils.profiles import Profile
+from dpo_utils.tokens import encode_completion, encode_prompt
 
 LINEAR = (nn.Linear, Conv1D)
-PATTERN = re.compile(
-    r"^all-linear$|[*+?|()\[\]\\^$]"
-)  # a target module that is no name: PEFT's own
+# A target module that is no name: PEFT's own.
+PATTERN = re.compile(r"^all-linear$|[*+?|()\[\]\\^$]")
 
 
 def base_of(profile: Profile) -> tuple[Profile, str | None]:
@@ -94,3 +94,16 @@ def _fits(target: str, name: str) -> bool:
     if target == "all-linear" or PATTERN.search(target):
         return target == "all-linear" or bool(re.fullmatch(target, name))
     return f".{name}".endswith("." + re.sub(r".*\b\d+\.", "", target))
+
+
+def check_sizes(base, tokenizer, profile: Profile) -> None:
+    """Refuse with ValueError tokens without an embedding, and max_length above the positions."""
+    rows, places = base.get_input_embeddings().num_embeddings, base.config.get_text_config()
+    places = getattr(places, "max_position_embeddings", None) or profile.max_length
+    ids = [*encode_prompt("?", tokenizer), *encode_completion("!", tokenizer)]
+    if max(*ids, tokenizer.pad_token_id) >= rows:
+        sizes = f"the tokenizer has {len(tokenizer)} tokens, {profile.model} only {rows}"
+        raise ValueError(f"{sizes}: save it after model.resize_token_embeddings(len(tokenizer))")
+    if profile.max_length > places:
+        sizes = f"max_length is {profile.max_length}, but {profile.model} has {places} positions"
+        raise ValueError(f"{sizes}: set max_length to {places} or less")

@@ -1,6 +1,4 @@
-"""The frozen base model, the LoRA adapter that is trained, and the reference it is compared
-with.
-"""
+"""The frozen base model, the LoRA adapter that is trained, and the reference."""
 
 import contextlib
 import functools
@@ -17,9 +15,8 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 from transformers.modeling_utils import AttentionInterface
 
-from dpo_utils.adapters import base_of, check_adapter, lora_config
+from dpo_utils.adapters import base_of, check_adapter, check_sizes, lora_config
 from dpo_utils.profiles import Profile, make_plan, require_adapter
-from dpo_utils.tokens import encode_completion, encode_prompt
 
 REFERENCE = "reference"  # the frozen adapter that holds the reference, where the base is not it
 # Model types of which a test shows that another name of the attention changes only the arithmetic.
@@ -164,19 +161,6 @@ def load_policy(profile: Profile, adapter=None, reference=None, quantize: bool |
         model.enable_input_require_grads()
         model.gradient_checkpointing_enable({"use_reentrant": False})
     return model, tokenizer
-
-
-def check_sizes(base, tokenizer, profile: Profile) -> None:
-    """Refuse with ValueError tokens without an embedding, and max_length above the positions."""
-    rows, places = base.get_input_embeddings().num_embeddings, base.config.get_text_config()
-    places = getattr(places, "max_position_embeddings", None) or profile.max_length
-    ids = [*encode_prompt("?", tokenizer), *encode_completion("!", tokenizer)]
-    if max(*ids, tokenizer.pad_token_id) >= rows:
-        sizes = f"the tokenizer has {len(tokenizer)} tokens, {profile.model} only {rows}"
-        raise ValueError(f"{sizes}: save it after model.resize_token_embeddings(len(tokenizer))")
-    if profile.max_length > places:
-        sizes = f"max_length is {profile.max_length}, but {profile.model} has {places} positions"
-        raise ValueError(f"{sizes}: set max_length to {places} or less")
 
 
 @contextlib.contextmanager

@@ -174,8 +174,7 @@ def bands(x, results: dict, ax=None, xlabel: str = "", ylabel: str = ""):
 def diagram(boxes: dict[str, tuple], arrows=(), ax=None):
     """Boxes {text: (x, y, colour)}, in units of a box, and arrows (from, to, label)."""
     ax = _axes(ax, *np.ptp([place[:2] for place in boxes.values()], axis=0) * (2.1, 1.1) + (2, 0.9))
-    frame = {"boxstyle": "round,pad=0.5", "facecolor": "white"}
-    drawn = {}
+    frame, drawn = {"boxstyle": "round,pad=0.5", "facecolor": "white"}, {}
     for text, (x, y, color) in boxes.items():
         style = {"bbox": frame | {"edgecolor": color}, "ha": "center", "va": "center"}
         drawn[text] = ax.text(2.1 * x, 1.1 * y, text, fontsize=9, **style)
