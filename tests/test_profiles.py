@@ -68,7 +68,7 @@ def test_the_reader_starts_small_and_is_told_what_the_others_cost(monkeypatch, c
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda: (8, 0))
     assert dpo_utils.setup().name == "tiny"
     phi2 = capsys.readouterr().out.splitlines()[-1]
-    assert phi2.startswith('or setup("phi2"): microsoft/phi-2, SFT and DPO 1 to 3 hours and 12 GB')
+    assert phi2.startswith('or setup("phi2"): microsoft/phi-2, SFT 2 and DPO 3 minutes, 11 GB')
     assert "not known" in load_profile("phi2", dataset="mine.jsonl").cost
 
 
