@@ -15,7 +15,7 @@ from dpo_utils.profiles import runs_directory
 # Colours that colour-blind readers can tell apart (Okabe and Ito 2008), one meaning each.
 BLUE, ORANGE, GREEN, RED, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#7F7F7F"
 CHOSEN, REJECTED, MARGIN = BLUE, RED, GREEN
-CYCLE = plt.cycler(color=[BLUE, RED, GREEN, ORANGE, "#CC79A7", "#56B4E9", GREY])  # C0, C1, ...
+CYCLE = plt.cycler(color=[BLUE, ORANGE, GREEN, "#CC79A7", "#56B4E9", GREY, RED])  # C0, C1, ...
 plt.rcParams.update({"axes.prop_cycle": CYCLE, "axes.grid": True, "grid.alpha": 0.25})
 plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "legend.frameon": False})
 GUIDE = {"color": GREY, "linestyle": "--", "linewidth": 1}  # a line to compare with
@@ -73,11 +73,11 @@ def training_panel(history):
     curve(history, "rewards/chosen", "chosen", CHOSEN, rewards)
     curve(history, "rewards/rejected", "rejected", REJECTED, rewards, (0, None))
     curve(history, "rewards/margins", "margin", MARGIN, margin)
-    curve(history, "rewards/accuracies", "accuracy", RED, accuracy, (0.5, "chance"))
+    curve(history, "rewards/accuracies", "accuracy", MARGIN, accuracy, (0.5, "chance"))
     loss.set_ylabel("loss (nats per pair)")
-    rewards.set_ylabel("implicit reward (beta × nats)")
-    margin.set_ylabel("reward margin (beta × nats)")
-    accuracy.set(ylabel="accuracy (share of pairs)", ylim=(-0.02, 1.05))
+    rewards.set_ylabel("reward (beta × nats)")
+    margin.set_ylabel("margin (beta × nats)")
+    accuracy.set(ylabel="share of pairs", ylim=(-0.02, 1.05))
     return figure
 
 

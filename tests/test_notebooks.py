@@ -3,6 +3,7 @@
 import base64
 import io
 import re
+import statistics
 import subprocess
 import zipfile
 
@@ -61,6 +62,17 @@ def test_it_was_run_from_top_to_bottom_without_an_error(text):
 @every_notebook
 def test_it_checks_its_own_numbers(text):
     assert any(re.search(r"^\s*assert |\bcheck_", cell.source, re.M) for cell in code_of(text))
+
+
+@every_notebook
+def test_no_cell_is_long(text):
+    lengths = [len(cell.source.splitlines()) for cell in code_of(text)]
+    assert max(lengths) <= 35 and statistics.median(lengths) <= 10
+
+
+def test_nbval_compares_outputs_in_every_corner_of_the_book():
+    tags = [c.metadata.get("tags", []) for path in PATHS for c in code_of(committed(path))]
+    assert sum("nbval-check-output" in tag for tag in tags) >= 12
 
 
 def test_setup_prints_the_profile_with_the_readers_changes(capsys):

@@ -37,8 +37,8 @@ def imports(path: Path) -> set[str]:
 def test_a_stranger_can_read_the_way_from_a_pair_to_an_adapter_in_one_sitting():
     assert lines(*(FILES[f"dpo_utils.{name}"] for name in PATH)) <= 1900
     assert lines(FILES["dpo_utils.fast"]) <= 300
-    assert lines(*FILES.values()) <= 5840
-    assert lines(*TESTS) <= 5515
+    assert lines(*FILES.values()) <= 5910
+    assert lines(*TESTS) <= 5580
     assert {name: lines(path) for name, path in FILES.items() if lines(path) > 320} == {}
 
 
