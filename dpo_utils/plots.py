@@ -125,11 +125,12 @@ def interval_bars(results: dict, ax=None, unit: str = "share", marks=()):
 
 
 def name_lines(ax, ends: dict) -> None:
-    """Write names at the ends of lines, {name: (x, y, colour)}, apart enough to be read."""
+    """Write names next to lines, {name: (x, y, colour)}, apart enough to be read."""
     low, gap = -np.inf, 0.05 * np.diff(ax.get_ylim())[0]
     for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
         low = max(y, low + gap)
-        where = {"xytext": (6, 0), "textcoords": "offset points", "annotation_clip": False}
+        where = {"xytext": (7, 0), "textcoords": "offset points", "annotation_clip": False}
+        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.2}
         ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
 
 
@@ -151,11 +152,10 @@ def frontier(paths: dict[str, list[tuple]], limit, best_of=None, colors=None):
     colors = colors or {name: f"C{i}" for i, name in enumerate(paths)}
     for name, places in paths.items():
         ax.plot(*zip(*places, strict=True), "o-", color=colors[name], markersize=4)
-    name_lines(ax, {name: (*places[-1], colors[name]) for name, places in paths.items()})
+    name_lines(ax, {n: (max(at)[0], at[-1][1], colors[n]) for n, at in paths.items()})
     ax.set_xlabel("KL(policy ‖ reference), nats per answer (square-root scale)")
-    ax.set_ylabel("expected reward")
     ax.set_xscale("function", functions=(lambda x: np.sqrt(np.maximum(x, 0)), np.square))
-    ax.set_xlim(0, None)
+    ax.set(ylabel="expected reward", xlim=(0, None))
     return ax
 
 
@@ -174,9 +174,9 @@ def bands(x, results: dict, ax=None, xlabel: str = "", ylabel: str = ""):
 def diagram(boxes: dict[str, tuple], arrows=(), ax=None):
     """Boxes {text: (x, y, colour)}, in units of a box, and arrows (from, to, label)."""
     ax = _axes(ax, *np.ptp([place[:2] for place in boxes.values()], axis=0) * (2.1, 1.1) + (2, 0.9))
-    frame, drawn = {"boxstyle": "round,pad=0.5", "facecolor": "white"}, {}
+    drawn, style = {}, {"ha": "center", "va": "center"}
     for text, (x, y, color) in boxes.items():
-        style = {"bbox": frame | {"edgecolor": color}, "ha": "center", "va": "center"}
+        style["bbox"] = {"boxstyle": "round,pad=0.5", "facecolor": "white", "edgecolor": color}
         drawn[text] = ax.text(2.1 * x, 1.1 * y, text, fontsize=9, **style)
     ax.update_datalim([(2.1 * x, 1.1 * y) for x, y, _ in boxes.values()])
     ax.margins(0.25)
