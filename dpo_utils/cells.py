@@ -110,8 +110,7 @@ def message(turn: dict, column: str, notes: set) -> dict:
         if not all(isinstance(part.get("text"), str) for part in parts):
             raise BadRow("not text", column, content)
         content = "".join(part["text"] for part in parts)
-    renamed = "from" in turn or role == "developer"
-    new = {"role": TABLES["roles"].get(role, role) if renamed else role, "content": content}
+    new = {"role": TABLES["roles"].get(str(role), role), "content": content}
     if not all(isinstance(c, dict) and isinstance(c.get("function", c), dict) for c in calls):
         raise BadRow("wrong type", column, calls)
     for n, call in enumerate(calls := list(calls)):

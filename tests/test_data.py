@@ -242,7 +242,7 @@ def test_demonstrations_in_four_forms():
         ({"chosen": [user("A")]}, "column 'chosen': bad turns, found ['user']"),
         ({"chosen": [assistant("A"), assistant("C")]}, "column 'chosen': bad turns"),
         ({"prompt": [user("Hi"), assistant("So")]}, "column 'prompt': bad turns"),
-        ({"prompt": [{"role": "human", "content": "Hi"}]}, "bad turns, found ['human']"),
+        ({"prompt": [{"role": "robot", "content": "Hi"}]}, "bad turns, found ['robot']"),
         ({"chosen": [assistant(None)]}, "column 'chosen': missing value"),
         ({"chosen": []}, "column 'chosen': blank"),
         ({"chosen": "A"}, "mixed forms"),
