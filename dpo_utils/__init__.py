@@ -25,11 +25,11 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # an
 warnings.filterwarnings("ignore", message=".*is_gradient_checkpointing.*", category=FutureWarning)
 
 
-def setup(profile: str | None = None, **changes):
+def setup(profile=None, **changes):
     """Open a notebook: quiet libraries; print versions, profile and plan; returns the profile.
 
-    profile: its name, by default `DPO_PROFILE`'s. changes: fields of it that shall differ, as in
-    `setup(target_modules=("q_proj", "v_proj"))`; see `profiles.load_profile`.
+    profile: its name, by default `DPO_PROFILE`'s, or a Profile, which is taken as it is. changes:
+    fields of a named one, as `setup(target_modules=("q_proj",))`; see `profiles.load_profile`.
     """
     from importlib.metadata import version
 
@@ -38,14 +38,14 @@ def setup(profile: str | None = None, **changes):
     import transformers
     from matplotlib_inline.backend_inline import set_matplotlib_formats
 
-    from dpo_utils.profiles import PROFILES, describe, load_profile, make_plan
+    from dpo_utils.profiles import PROFILES, Profile, describe, load_profile, make_plan
 
     warnings.filterwarnings("ignore", category=FutureWarning)
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     set_matplotlib_formats("png")
-    chosen = load_profile(profile, **changes)
+    chosen = profile if isinstance(profile, Profile) else load_profile(profile, **changes)
     if chosen.name == "tiny":
         torch.set_num_threads(1)  # measured: the tiny model is faster on one thread than on two
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")

@@ -8,7 +8,7 @@ from huggingface_hub import snapshot_download
 
 from dpo_utils.data import training_data
 from dpo_utils.models import load_policy
-from dpo_utils.profiles import Profile, require_adapter, run_directory
+from dpo_utils.profiles import PROFILES, Profile, require_adapter, run_directory
 from dpo_utils.reference import require_settings
 from dpo_utils.train import train_dpo, train_sft
 
@@ -17,10 +17,12 @@ def ensure(stage: str, profile: Profile) -> Path:
     """The folder of the profile's "sft" or "dpo" adapter; trained here where there is none.
 
     It is looked for under `run_directory(profile)`, which `DPO_RUNS` can put on a mounted drive.
-    `DPO_SFT_ADAPTER` and `DPO_DPO_ADAPTER` name another folder, or an adapter on the hub.
+    `DPO_SFT_ADAPTER` and `DPO_DPO_ADAPTER` name another folder, or an adapter on the hub; the
+    bundled tiny profile, in which notebooks 05 to 07 know every reward, never takes another's.
     Raises SettingsChanged if what is there was trained with other settings.
     """
-    if source := os.environ.get(f"DPO_{stage.upper()}_ADAPTER"):
+    source = os.environ.get(f"DPO_{stage.upper()}_ADAPTER")
+    if source and profile != PROFILES["tiny"]:
         folder = Path(source if Path(source).is_dir() else snapshot_download(source))
         require_adapter(folder)
         return folder

@@ -32,7 +32,7 @@ def tidy(notebook):
     """Keep what is committed, in place: no stderr, widgets or timings, pictures in 128 colours."""
     notebook.metadata = {"kernelspec": KERNEL, "language_info": {"name": "python"}}
     for cell in notebook.cells:
-        cell.metadata = {key: value for key, value in cell.metadata.items() if key == "tags"}
+        cell.metadata = {key: cell.metadata[key] for key in ("tags", "alt") if key in cell.metadata}
         for output in list(cell.get("outputs", ())):
             data = output.get("data", {})
             if output.get("name") == "stderr" or WIDGET in data:

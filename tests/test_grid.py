@@ -77,6 +77,7 @@ def test_several_processes_give_what_one_gives_and_every_seed_its_own(lab, monke
     shown = capsys.readouterr().out.splitlines()
     assert shown[-3].split() == grid.SHOWN and shown[-1].startswith("two") and "±" in shown[-1]
     assert [run["seed"] for run in results["two"]] == [0, 1]
+    assert lab.run_all(recipes[:1], over=range(1, 2))["one"] == results["one"][1:]
     for path in lab.folder.iterdir():
         path.unlink()  # or it would only be read
     again = lab.run(recipes[0], seed=1)

@@ -13,7 +13,7 @@ from PIL import Image
 
 import dpo_utils
 from dpo_utils import workbook
-from dpo_utils.profiles import repository_root
+from dpo_utils.profiles import PROFILES, repository_root
 
 PATHS = sorted((repository_root() / "notebooks").glob("*.ipynb"))
 SECRET = re.compile(r"hf_[A-Za-z0-9]{20,}|\b[0-9a-f]{40}\b(?=.*wandb)|(WANDB_API_KEY|HF_TOKEN)=\S")
@@ -43,31 +43,25 @@ def words(output):  # without pictures, whose encoding may hold anything
 
 
 @every_notebook
-def test_a_committed_notebook_is_valid_small_and_holds_no_secret(text):
+def test_it_is_valid_and_small_holds_no_secret_and_ran_from_top_to_bottom(text):
     nbformat.validate(nbformat.reads(text, as_version=4))
     assert len(text.encode()) < 250_000
     assert not SECRET.search(text)
     assert not [cell.source for cell in code_of(text) if ASKING.search(cell.source)]
-
-
-@every_notebook
-def test_it_was_run_from_top_to_bottom_without_an_error(text):
-    counts = [cell.execution_count for cell in code_of(text)]
     outputs = [output for cell in code_of(text) for output in cell.outputs]
-    assert counts == list(range(1, len(counts) + 1))
+    assert [c.execution_count for c in code_of(text)] == [*range(1, 1 + len(code_of(text)))]
     assert outputs and not [o for o in outputs if o.output_type == "error"]
     assert not [said for said in map(words, outputs) if LOCAL.search(said) or "it/s]" in said]
 
 
 @every_notebook
-def test_it_checks_its_own_numbers(text):
-    assert any(re.search(r"^\s*assert |\bcheck_", cell.source, re.M) for cell in code_of(text))
-
-
-@every_notebook
-def test_no_cell_is_long(text):
-    lengths = [len(cell.source.splitlines()) for cell in code_of(text)]
-    assert max(lengths) <= 35 and statistics.median(lengths) <= 10
+def test_it_checks_its_numbers_in_short_cells_and_says_in_words_what_a_figure_shows(text):
+    cells = [cell.source for cell in code_of(text)]
+    assert any(re.search(r"^\s*assert |\bcheck_", cell, re.M) for cell in cells)
+    lengths = [len(re.findall(r"^.*\S", cell, re.M)) for cell in cells]
+    assert max(lengths) <= 25 and statistics.median(lengths) <= 6
+    drawing = [cell for cell in code_of(text) if "save_figure(" in cell.source]
+    assert all(len(cell.metadata.get("alt", "")) > 40 for cell in drawing)
 
 
 def test_nbval_compares_outputs_in_every_corner_of_the_book():
@@ -75,9 +69,12 @@ def test_nbval_compares_outputs_in_every_corner_of_the_book():
     assert sum("nbval-check-output" in tag for tag in tags) >= 12
 
 
-def test_setup_prints_the_profile_with_the_readers_changes(capsys):
+def test_setup_prints_the_readers_changes_and_a_profile_stays_as_it_is(monkeypatch, capsys):
     profile = dpo_utils.setup("tiny", target_modules=("q_proj", "v_proj"), beta=0.3)
     assert profile.target_modules == ("q_proj", "v_proj") and "beta 0.3" in capsys.readouterr().out
+    monkeypatch.setenv("DPO_MODEL", "mine")
+    assert dpo_utils.setup("tiny").model == "mine"
+    assert dpo_utils.setup(PROFILES["tiny"]) == PROFILES["tiny"]
 
 
 @every_notebook

@@ -22,6 +22,7 @@ from dpo_utils.ensure import ensure
 from dpo_utils.logps import all_logps, options_for
 from dpo_utils.losses import LOSSES, kto_loss
 from dpo_utils.models import trainable
+from dpo_utils.profiles import PROFILES
 from dpo_utils.tokens import as_item, tokenize_all, tokenize_demonstration
 from dpo_utils.train import learning_rate_at, main, step_items, train_dpo, train_unpaired
 
@@ -320,6 +321,8 @@ def test_what_a_notebook_misses_is_trained_once_or_taken_from_elsewhere(
     for source in (str(tmp_path / "tiny/sft/adapter"), "tiny/sft/adapter"):
         monkeypatch.setenv("DPO_SFT_ADAPTER", source)
         assert ensure("sft", profile(sft_steps=5)) == tmp_path / "tiny/sft/adapter"
+        with pytest.raises(SettingsChanged):  # the bundled world has its own, of 2 steps
+            ensure("sft", PROFILES["tiny"])
 
 
 def test_reference_log_probs_are_scored_once_for_each_way_to_batch(monkeypatch, tmp_path):

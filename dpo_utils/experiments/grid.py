@@ -130,22 +130,26 @@ class Lab:
         write_file(path, json.dumps(result).encode())
         return result
 
-    def run_all(self, recipes, title="") -> dict[str, list[dict]]:
-        """{recipe's name: its runs, one per seed}, several at a time; prints how they ended.
+    def run_all(self, recipes, title="", over=None) -> dict[str, list[dict]]:
+        """{recipe's name: its runs, one per seed}, several at a time; shows how they ended.
 
-        `DPO_TABLES` names a file to which the table is added too.
+        over: the seeds, if not those of `seeds`.
         """
-        jobs = [(r, seed, r.data(seed)) for r in recipes for seed in seeds()]
+        jobs = [(r, seed, r.data(seed)) for r in recipes for seed in over or seeds()]
         jobs = [(replace(recipe, data=None), seed, rows) for recipe, seed, rows in jobs]
         results = {}
         for run in self.pool.map(_run, *zip(*jobs, strict=True)):
             results.setdefault(run["name"], []).append(run)
-        shown = table(results, title)
-        if path := os.environ.get("DPO_TABLES"):
-            with open(path, "a", encoding="utf-8") as file:
-                file.write(f"\n```\n{shown}\n```\n")
-        print(shown)
+        show(table(results, title))
         return results
+
+
+def show(shown: str) -> None:
+    """Print a table, and add it to the file that `DPO_TABLES` names, if it names one."""
+    if path := os.environ.get("DPO_TABLES"):
+        with open(path, "a", encoding="utf-8") as file:
+            file.write(f"\n```\n{shown}\n```\n")
+    print(shown)
 
 
 def _open(*given):
@@ -188,7 +192,7 @@ def across_seeds(values) -> tuple[float, float, float]:
     return mean, mean - half, mean + half
 
 
-def table(results: dict, title="") -> str:
+def table(results: dict, title="", columns=SHOWN) -> str:
     """How runs ended, one line per recipe: means, and half the interval over several seeds."""
 
     def cell(values):
@@ -197,4 +201,4 @@ def table(results: dict, title="") -> str:
 
     ends = [{"recipe": n, **run["points"][-1]} for n, runs in results.items() for run in runs]
     measured = pd.DataFrame(ends).groupby("recipe", sort=False)
-    return measured[SHOWN].agg(cell).rename_axis(title or None).to_string()
+    return measured[columns].agg(cell).rename_axis(title or None).to_string()
