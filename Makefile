@@ -62,7 +62,7 @@ refresh: $(READY)
 STUDY := DPO_SEEDS=3 DPO_TABLES=$(CURDIR)/runs/study.md DPO_FIGURES=$(CURDIR)/runs/figures
 study: $(READY)
 	mkdir -p runs && echo > runs/study.md
-	$(STUDY) $(PY) -m dpo_utils workbook 05 06 07
+	for n in 05 06 07; do $(STUDY) $(PY) -m dpo_utils workbook $$n || exit 1; done
 	sed '/^<!-- make study -->/q' figures/README.md > runs/head.md
 	cat runs/head.md runs/study.md > figures/README.md
 

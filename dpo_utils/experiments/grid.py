@@ -197,7 +197,7 @@ def table(results: dict, title="", columns=SHOWN) -> str:
 
     def cell(values):
         mean, _, high = across_seeds(values)
-        return f"{mean:.3f} ± {high - mean:.3f}" if len(values) > 1 else f"{mean:.3f}"
+        return f"{mean:.2f}±{high - mean:.2f}" if len(values) > 1 else f"{mean:.3f}"
 
     ends = [{"recipe": n, **run["points"][-1]} for n, runs in results.items() for run in runs]
     measured = pd.DataFrame(ends).groupby("recipe", sort=False)
