@@ -130,7 +130,7 @@ def name_lines(ax, ends: dict) -> None:
     for name, (x, y, color) in sorted(ends.items(), key=lambda item: item[1][1]):
         low = max(y, low + gap)
         where = {"xytext": (7, 0), "textcoords": "offset points", "annotation_clip": False}
-        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.6, "pad": 0.2}
+        where["bbox"] = {"facecolor": "white", "edgecolor": "none", "alpha": 0.9, "pad": 0.2}
         ax.annotate(name, (x, low), color=color, fontsize=8, va="center", **where)
 
 
