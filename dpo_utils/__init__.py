@@ -51,6 +51,8 @@ def setup(profile=None, **changes):
     names = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "datasets")
     print(*(f"{name} {version(name)}" for name in names))
     print(describe(chosen), make_plan(chosen), sep="\n")
+    if chosen.name == "tiny" and chosen.model != PROFILES["tiny"].model:
+        print("tiny's settings are for its own model: try smollm2's or phi2's with yours")
     if profile is None:  # the reader may choose
         others = [p for p in PROFILES.values() if p.name != chosen.name]
         print(*(f'or setup("{p.name}"): {p.model}, {p.cost}' for p in others), sep="\n")

@@ -73,8 +73,9 @@ def test_setup_prints_the_readers_changes_and_a_profile_stays_as_it_is(monkeypat
     profile = dpo_utils.setup("tiny", target_modules=("q_proj", "v_proj"), beta=0.3)
     assert profile.target_modules == ("q_proj", "v_proj") and "beta 0.3" in capsys.readouterr().out
     monkeypatch.setenv("DPO_MODEL", "mine")
-    assert dpo_utils.setup("tiny").model == "mine"
+    assert dpo_utils.setup("tiny").model == "mine" and "for its own" in capsys.readouterr().out
     assert dpo_utils.setup(PROFILES["tiny"]) == PROFILES["tiny"]
+    assert "for its own" not in capsys.readouterr().out
 
 
 @every_notebook

@@ -74,23 +74,19 @@ class Lab:
         """(questions, 37): of the policy as it is now, see `exact`."""
         return exact.probabilities(*self.ours, self.profile, questions)
 
-    def measure(self, beta) -> dict[str, float]:
+    def measure(self) -> dict[str, float]:
         """What is exact, over held-out questions and the listed answers, see `exact`.
 
-        reward; true and fluent (probabilities); kl (nats per answer, from the reference); kl_best
-        (to the optimum at beta); tokens of a fluent answer. For pairs that the reference draws and
-        the world labels: accuracy of the implicit reward; margin, chosen, rejected, log-ratios.
+        reward; true and fluent (probabilities); kl (nats per answer, from the reference); tokens
+        of a fluent answer; accuracy of the implicit reward on pairs that the reference draws and
+        the world labels.
         """
         p = self.probabilities(self.questions)
         ratio = np.log(np.maximum(p, 1e-300) / self.ref)
         found = {"reward": exact.expected(p, self.reward), "true": exact.expected(p, self.true)}
         found |= {"fluent": 1 - p[:, -1].mean(), "kl": exact.kl(p, self.ref)}
-        found["kl_best"] = exact.kl(p, exact.optimum(self.ref, self.reward, beta))
         found["tokens"] = ((p * self.tokens).sum(1) / (1 - p[:, -1])).mean()
         found["accuracy"] = exact.accuracy(self.pairs, ratio)
-        found["chosen"] = exact.expected(self.pairs.sum(2), ratio)
-        found["rejected"] = exact.expected(self.pairs.sum(1), ratio)
-        found["margin"] = found["chosen"] - found["rejected"]
         return {name: float(value) for name, value in found.items()}
 
     def run(self, recipe: Recipe, seed: int = 0, rows=None) -> dict:
@@ -113,7 +109,7 @@ class Lab:
 
         def look(history):
             if len(history) in steps:
-                points.append({"step": len(history), **self.measure(profile.beta)})
+                points.append({"step": len(history), **self.measure()})
                 if recipe.mass:
                     p = self.probabilities([row["prompt"] for row in asked])
                     points[-1] |= exact.masses(p, asked)
