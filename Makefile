@@ -32,14 +32,15 @@ workbook: $(READY)
 colab-check canary: $(READY)
 	$(PY) -m tests.places $(subst -check,,$@)
 
-# Unit tests, next to them every notebook through nbval (the longest when a core is free), then ruff.
-LONGEST := notebooks/06_beyond_dpo.ipynb
+# Unit tests, next to them every notebook through nbval, in two rows that end at about the same time, then ruff.
+SECOND := $(wildcard notebooks/04* notebooks/05* notebooks/07*)
+FIRST := $(filter-out $(SECOND),$(wildcard notebooks/*.ipynb))
 NBVAL := -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test: $(READY)
 	mkdir -p runs
-	$(PY) -m pytest -q $(NBVAL) notebooks --ignore $(LONGEST) > runs/nbval.log 2>&1 & \
-	$(PY) -m pytest -q tests; units=$$?; $(PY) -m pytest -q $(NBVAL) $(LONGEST); longest=$$?; \
-	wait $$!; others=$$?; cat runs/nbval.log; test $$units = 0 -a $$longest = 0 -a $$others = 0
+	$(PY) -m pytest -q $(NBVAL) $(FIRST) > runs/nbval.log 2>&1 & \
+	$(PY) -m pytest -q tests; units=$$?; $(PY) -m pytest -q $(NBVAL) $(SECOND); second=$$?; \
+	wait $$!; first=$$?; cat runs/nbval.log; test $$units = 0 -a $$first = 0 -a $$second = 0
 	$(PY) -m ruff check dpo_utils tests notebooks
 	$(PY) -m ruff format --check dpo_utils tests
 
