@@ -32,15 +32,13 @@ workbook: $(READY)
 colab-check canary: $(READY)
 	$(PY) -m tests.places $(subst -check,,$@)
 
-# Unit tests, next to them every notebook through nbval, in two rows that end at about the same time, then ruff.
-SECOND := $(wildcard notebooks/04* notebooks/05* notebooks/07*)
-FIRST := $(filter-out $(SECOND),$(wildcard notebooks/*.ipynb))
+# Unit tests, next to them every notebook through nbval, then ruff.
 NBVAL := -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test: $(READY)
 	mkdir -p runs
-	$(PY) -m pytest -q $(NBVAL) $(FIRST) > runs/nbval.log 2>&1 & \
-	$(PY) -m pytest -q tests; units=$$?; $(PY) -m pytest -q $(NBVAL) $(SECOND); second=$$?; \
-	wait $$!; first=$$?; cat runs/nbval.log; test $$units = 0 -a $$first = 0 -a $$second = 0
+	$(PY) -m pytest -q $(NBVAL) notebooks > runs/nbval.log 2>&1 & \
+	$(PY) -m pytest -q tests; units=$$?; \
+	wait $$!; notebooks=$$?; cat runs/nbval.log; test $$units = 0 -a $$notebooks = 0
 	$(PY) -m ruff check dpo_utils tests notebooks
 	$(PY) -m ruff format --check dpo_utils tests
 
