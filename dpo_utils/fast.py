@@ -28,7 +28,7 @@ from dpo_utils.models import SDPA_MODELS, in_float32, tolerance, unwrap
 from dpo_utils.tokens import micro_batches
 
 HEAD_LOGITS = 2**23  # logits alive at once: 32 MiB in float32
-BLOCK = 128  # queries of one attention block; shorter rows run whole
+BLOCK = 128  # queries of one attention block; shorter rows run whole, and all rows on CUDA
 BLOCKS = {"sdpa": "sdpa_blocks", "sdpa_float32": "sdpa_float32_blocks"}
 MASKED = (*BLOCKS, *BLOCKS.values())  # implementations that take a boolean 4-D mask
 RESCALED = ("final_logit_softcapping", "attn_logit_softcapping", "logit_scale", "logits_scaling")
@@ -243,7 +243,8 @@ def _blocks(mask, query, key):
     chosen backwards, prompt, rejected. Neither answer then reaches over the other.
     """
     length = query.shape[2]
-    whole = length <= BLOCK or key.shape[2] != length or torch.compiler.is_compiling()
+    launches = query.is_cuda or torch.compiler.is_compiling()  # many cost more than blocks save
+    whole = launches or length <= BLOCK or key.shape[2] != length
     if whole or mask is None or mask.dtype != torch.bool or mask.shape[-2:] != (length, length):
         return None
     if mask not in _CUT:

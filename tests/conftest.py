@@ -5,16 +5,8 @@ import tempfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-os.environ.update(
-    {
-        "DPO_PROFILE": "tiny",
-        "HF_HUB_OFFLINE": "1",
-        "DPO_STATIC": "1",
-        "TQDM_DISABLE": "1",
-        "TOKENIZERS_PARALLELISM": "false",
-        "OMP_NUM_THREADS": "1",
-    }
-)
+os.environ |= {"DPO_PROFILE": "tiny", "DPO_STATIC": "1", "HF_HUB_OFFLINE": "1"}
+os.environ |= {"TQDM_DISABLE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
 SCRATCH = Path(tempfile.gettempdir()) / f"dpo-workbook-test-{os.getpid()}"
 for name in ("DPO_RUNS", "DPO_FIGURES"):
     os.environ.setdefault(name, str(SCRATCH / name[4:].lower()))

@@ -205,7 +205,7 @@ MASKS = {
 
 @pytest.mark.parametrize("case", MASKS)
 def test_blocks_leave_out_no_key_that_is_seen(case, calls):
-    """Against Transformers' own, with two query heads for each key head."""
+    """Against Transformers' own, with two query heads for each key head; on CUDA it runs whole."""
     mask, layer = MASKS[case], Mock(is_causal=True, num_key_value_groups=2)
     queries, keys = (23, 23) if mask is None else mask.shape[-2:]
     query = torch.randn(2, 4, queries, 8).double()
@@ -215,6 +215,8 @@ def test_blocks_leave_out_no_key_that_is_seen(case, calls):
     assert work == 1 if "whole" in case else work < {"trees": 0.7}.get(case, 1) and len(calls) > 1
     wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-14, equal_nan=True)
+    there = Mock(is_cuda=True, shape=query.shape)
+    assert fast._blocks(mask, there, there) is None
 
 
 @pytest.mark.parametrize("kind", SDPA_MODELS)

@@ -10,8 +10,10 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_backward_flop_count, 
 
 # PyTorch's counter knows the attention kernels of GPUs but not the CPU's, which it would count as
 # free. Masked scores count, as on a GPU: a row of L tokens costs L x L, whatever it may see.
+# And it stops at an addmm that is told the dtype of its result, as TRL's head is on GPUs.
 FLASH = "_scaled_dot_product_flash_attention_for_cpu"
-CPU_ATTENTION = {
+COUNTS = {
+    torch.ops.aten.addmm: lambda _, a, b, *__, **___: 2 * a[0] * a[1] * b[1],
     getattr(torch.ops.aten, FLASH): lambda *a, **_: sdpa_flop_count(*a[:3]),
     getattr(torch.ops.aten, FLASH + "_backward"): lambda *a, **_: sdpa_backward_flop_count(*a[:4]),
 }
@@ -30,7 +32,7 @@ class Meter:
         if what == "memory" and not GPU:
             self.counter = profile(activities=[ProfilerActivity.CPU], profile_memory=True)
         if what == "flops":
-            self.counter = FlopCounterMode(display=False, custom_mapping=CPU_ATTENTION)
+            self.counter = FlopCounterMode(display=False, custom_mapping=COUNTS)
 
     def __enter__(self):
         self.counter.__enter__()
