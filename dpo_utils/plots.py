@@ -112,8 +112,8 @@ def interval_bars(results: dict, ax=None, unit: str = "share", marks=()):
     ax = _axes(ax, height=0.45 * len(results) + 1.1)
     values = np.array(list(results.values()))
     errors = np.abs(values[:, 1:].T - values[:, 0])
-    caps = {"xerr": errors, "capsize": 3} if errors.any() else {}  # one seed has no interval
-    ax.barh(list(results), values[:, 0], color=BLUE, alpha=0.75, **caps)
+    errors[:, values[:, 1] == values[:, 2]] = np.nan  # one seed has no interval: none is drawn
+    ax.barh(list(results), values[:, 0], color=BLUE, alpha=0.75, xerr=errors, capsize=3)
     for value, label in marks:
         ax.axvline(value, label=label, **GUIDE)
     if marks:
