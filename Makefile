@@ -32,14 +32,11 @@ workbook: $(READY)
 colab-check canary: $(READY)
 	$(PY) -m tests.places $(subst -check,,$@)
 
-# Unit tests, next to them every notebook through nbval, then ruff. 05 and 06 take both cores, so
-# they come last.
-LAST := $(wildcard notebooks/05* notebooks/06*)
-ROW := $(filter-out $(LAST),$(wildcard notebooks/*.ipynb)) $(LAST)
+# Unit tests, next to them every notebook through nbval, then ruff.
 NBVAL := -p tests.conftest --nbval-lax --nbval-current-env --nbval-cell-timeout=300
 test: $(READY)
 	mkdir -p runs
-	$(PY) -m pytest -q $(NBVAL) $(ROW) > runs/nbval.log 2>&1 & \
+	$(PY) -m pytest -q $(NBVAL) notebooks > runs/nbval.log 2>&1 & \
 	$(PY) -m pytest -q tests; units=$$?; \
 	wait $$!; notebooks=$$?; cat runs/nbval.log; test $$units = 0 -a $$notebooks = 0
 	$(PY) -m ruff check dpo_utils tests notebooks
