@@ -243,8 +243,8 @@ def _blocks(mask, query, key):
     chosen backwards, prompt, rejected. Neither answer then reaches over the other.
     """
     length = query.shape[2]
-    launches = query.is_cuda or torch.compiler.is_compiling()  # many cost more than blocks save
-    whole = launches or length <= BLOCK or key.shape[2] != length
+    whole = query.is_cuda or torch.compiler.is_compiling()  # launches cost more than blocks save
+    whole |= length <= BLOCK or key.shape[2] != length
     if whole or mask is None or mask.dtype != torch.bool or mask.shape[-2:] != (length, length):
         return None
     if mask not in _CUT:

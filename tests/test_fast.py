@@ -12,7 +12,7 @@ from unittest.mock import Mock, patch
 import pytest
 import torch
 import torch.nn.functional as F
-from bench.meter import Meter
+from bench.meter import COUNTS, Meter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model
@@ -103,6 +103,7 @@ def test_a_step_takes_six_tenths_of_the_operations_and_less_of_the_memory(what, 
         spent.append(meter.result[what])
         assert any(isinstance(module, LeanLora) for module in model.modules()) != plain
     assert 0.9 * share < spent[1] / spent[0] < share
+    assert COUNTS[torch.ops.aten.addmm](None, (8, 4), (4, 3), torch.float32, out_shape=()) == 192
 
 
 HEAD = type("Head", (nn.Linear,), {})  # whose forward may do anything
@@ -215,8 +216,7 @@ def test_blocks_leave_out_no_key_that_is_seen(case, calls):
     assert work == 1 if "whole" in case else work < {"trees": 0.7}.get(case, 1) and len(calls) > 1
     wanted, _ = sdpa_attention_forward(layer, query, key, value, mask, scaling=0.3)
     assert torch.allclose(got, wanted, rtol=0, atol=1e-14, equal_nan=True)
-    there = Mock(is_cuda=True, shape=query.shape)
-    assert fast._blocks(mask, there, there) is None
+    assert fast._blocks(mask, *[Mock(is_cuda=True, shape=query.shape)] * 2) is None
 
 
 @pytest.mark.parametrize("kind", SDPA_MODELS)

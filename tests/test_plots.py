@@ -29,8 +29,9 @@ def test_every_axis_of_the_training_panel_is_labelled():
 
 
 def test_interval_bars_put_the_whiskers_where_the_interval_is():
-    (segment,) = plots.interval_bars({"a": (0.5, 0.4, 0.7)}).collections[0].get_segments()
-    assert sorted(segment[:, 0]) == pytest.approx([0.4, 0.7])
+    ax = plots.interval_bars({"a": (0.5, 0.4, 0.7), "one seed": (0.6, 0.6, 0.6)})
+    segment, none = ax.collections[0].get_segments()
+    assert sorted(segment[:, 0]) == pytest.approx([0.4, 0.7]) and len(none) == 0
 
 
 def test_save_figure_writes_picture_and_numbers(tmp_path, monkeypatch):
